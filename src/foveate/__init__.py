@@ -1,0 +1,58 @@
+"""Foveate: see where a trained network's compute matters, spend it only there, and prove what that cost in quality.
+
+The public names are imported when they are first used, so that `import foveate` itself is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from foveate.version import __version__
+
+if TYPE_CHECKING:
+    from foveate.cache import CachePolicy, CacheView
+    from foveate.catalog import catalog
+    from foveate.compare import Comparison, compare
+    from foveate.data.text import Text, load_text
+    from foveate.depth import DepthPlan
+    from foveate.errors import FoveateError
+    from foveate.measure.bootstrap import Metric
+    from foveate.methods import Claim, Finding, Lab, Method, Paper, Recipe, Target, UnitScores, apply, claim, method
+    from foveate.models.anatomy import Anatomy, Family, anatomy, register_family
+    from foveate.models.load import load
+    from foveate.models.tiny import tiny, tiny_tokenizer
+    from foveate.prune import Pruner
+    from foveate.tasks import Bench, Outcome, Task, task
+    from foveate.verify import verify
+
+_HOMES = {
+    "foveate.cache": ("CachePolicy", "CacheView"),
+    "foveate.catalog": ("catalog",),
+    "foveate.compare": ("Comparison", "compare"),
+    "foveate.data.text": ("Text", "load_text"),
+    "foveate.depth": ("DepthPlan",),
+    "foveate.errors": ("FoveateError",),
+    "foveate.measure.bootstrap": ("Metric",),
+    "foveate.methods": (
+        *("Claim", "Finding", "Lab", "Method", "Paper", "Recipe", "Target", "UnitScores"),
+        *("apply", "claim", "method"),
+    ),
+    "foveate.models.anatomy": ("Anatomy", "Family", "anatomy", "register_family"),
+    "foveate.models.load": ("load",),
+    "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
+    "foveate.prune": ("Pruner",),
+    "foveate.tasks": ("Bench", "Outcome", "Task", "task"),
+    "foveate.verify": ("verify",),
+}
+_WHERE = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

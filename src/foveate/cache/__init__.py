@@ -1,0 +1,11 @@
+"""The room of cache policies: which key-value entries stay. One file a technique."""
+
+import importlib
+import pkgutil
+
+from foveate.cache.base import CachePolicy, CacheView, PolicyCache
+
+for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["CachePolicy", "CacheView", "PolicyCache"]

@@ -1,0 +1,125 @@
+"""The catalog: what techniques are here, from which papers, what is claimed of them, and whether that was verified.
+
+It is made from the methods themselves and from what `foveate verify` wrote, one file a claim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from foveate.errors import FoveateError
+from foveate.methods import CLAIMS, METHODS, Method, Paper, nearest
+
+CLAIMS_FOLDER = Path("claims")
+"""Where `foveate verify` writes by default."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One technique.
+
+    Attributes:
+        name, role, claim: as the method says.
+        fields: hyper-parameters and their defaults, as text; None: must be given.
+        paper: None for common knowledge.
+        verified: "holds", "fails", "needs device", "not yet" (there is an experiment that was not run), or
+            "no experiment".
+        where: the file with the experiment's figures, or None.
+    """
+
+    name: str
+    role: str
+    claim: str
+    fields: dict[str, str | None]
+    paper: Paper | None
+    verified: str
+    where: str | None
+
+
+def catalog(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> list[Entry]:
+    """All techniques, or those of a role, by role and name.
+
+    Args:
+        role: "cache", "depth", "prune", ...
+        claims: the folder that `foveate verify` wrote.
+
+    Raises:
+        FoveateError: there is no such role.
+
+    Example:
+        >>> [entry.role for entry in catalog() if entry.name == "h2o"]
+        ['cache']
+    """
+    classes = METHODS.all()
+    roles = {cls.role for cls in classes.values()}
+    if role is not None and role not in roles:
+        raise FoveateError(f"there is no role called {role!r}: {nearest(role, roles)}")
+    entries = [_entry(cls, claims) for cls in classes.values() if role in (None, cls.role)]
+    return sorted(entries, key=lambda entry: (entry.role, entry.name))
+
+
+def _entry(cls: type[Method], claims: Path) -> Entry:
+    missing = dataclasses.MISSING
+    fields = {f.name: None if f.default is missing else str(f.default) for f in dataclasses.fields(cls)}
+    verified, where = "not yet" if cls.name in CLAIMS else "no experiment", None
+    result = claims / f"{cls.name}.json"
+    if result.exists():
+        try:
+            verified, where = json.loads(result.read_text(encoding="utf-8"))["status"], result.as_posix()
+        except (OSError, ValueError, KeyError) as error:
+            raise FoveateError(f"{result} is no result of a claim: run `foveate verify {cls.name}` again.") from error
+    return Entry(cls.name, cls.role, cls.claim, fields, cls.paper, verified, where)
+
+
+def to_json(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> list[dict[str, Any]]:
+    """The catalog as plain dictionaries.
+
+    Example:
+        >>> sorted(to_json()[0])
+        ['claim', 'fields', 'name', 'paper', 'role', 'verified', 'where']
+    """
+    return [dataclasses.asdict(entry) for entry in catalog(role, claims)]
+
+
+def table(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> Table:
+    """The catalog for a terminal.
+
+    Example:
+        >>> table("cache").columns[0].header
+        'method'
+    """
+    shown = Table(show_lines=False)
+    for header in ("method", "role", "claim", "paper", "verified"):
+        shown.add_column(header, no_wrap=header in ("method", "role", "verified"))
+    for entry in catalog(role, claims):
+        paper = Text("-" if entry.paper is None else f"{entry.paper.title}, {entry.paper.year}")
+        if entry.paper is not None:
+            paper.stylize(f"link {entry.paper.url}")
+        shown.add_row(entry.name, entry.role, Text(entry.claim), paper, entry.verified)
+    return shown
+
+
+def markdown(claims: Path = CLAIMS_FOLDER) -> str:
+    """The catalog as a page of the documentation: a table for each role.
+
+    Example:
+        >>> markdown().splitlines()[0]
+        '# Catalog'
+    """
+    entries = catalog(claims=claims)
+    lines = ["# Catalog", "", "Made from the methods themselves: `foveate catalog` prints the same."]
+    for role in dict.fromkeys(entry.role for entry in entries):
+        lines += ["", f"## {role}", "", "| method | fields | claim | paper | verified |", "|---|---|---|---|---|"]
+        for entry in (each for each in entries if each.role == role):
+            fields = ", ".join(f"`{key}`" if at is None else f"`{key}={at}`" for key, at in entry.fields.items())
+            paper = f"[{entry.paper.title}]({entry.paper.url}), {entry.paper.year}" if entry.paper else "-"
+            cells = (f"`{entry.name}`", fields or "-", entry.claim, paper, entry.verified)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

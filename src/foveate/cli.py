@@ -1,0 +1,142 @@
+"""The verbs as commands, and no logic: what they do stands in the modules that they call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.errors import FoveateError
+from foveate.version import __version__
+
+app = typer.Typer(
+    help="See where a model's compute matters, spend it only there, and prove what that cost in quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """The program `foveate`: 0 = done, 1 = something failed, 2 = can't be done as asked, 130 = interrupted."""
+    try:
+        app()
+    except FoveateError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _foveate(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id.")],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(help="`full,h2o:keep=0.2,drop-attention:keep=0.8+h2o:keep=0.2`; by default the profile's."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="`perplexity:tokens=4096,passkey`; by default the profile's.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="Recipes and tasks in a word: `quick` or `standard`.")] = "quick",
+    text: Annotated[str, typer.Option(help="What tasks read: `prose`, `code`, a file, or `hub:NAME`.")] = "prose",
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; a run that was stopped goes on.  [default: runs/...]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Set before every cell.")] = 0,
+    workers: Annotated[int, typer.Option(help="Child processes to spread cells over; 0: run here.")] = 0,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster: `local`, `auto`, `host:port`.")] = None,
+) -> None:
+    """Measure recipes on tasks: a table, advice, and a page."""
+    from rich.console import Console
+
+    from foveate.compare import Interrupted, default_out
+    from foveate.compare import compare as run
+    from foveate.methods import split_specs
+
+    chosen = [spec for each in recipes for spec in split_specs(each)] if recipes is not None else None
+    asked = [spec for each in tasks for spec in split_specs(each)] if tasks is not None else None
+    out = out or default_out(model, profile, chosen, asked)
+    try:
+        comparison = run(
+            model,
+            chosen,
+            asked,
+            profile=profile,
+            out=out,
+            text=text,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            workers=workers,
+            ray=ray,
+        )
+    except Interrupted as stopped:
+        print(f"foveate: {stopped}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    Console().print(comparison.table())
+    print(f"{comparison.advice()}\n\n{out / 'report.html'}\n{out / 'results.jsonl'}")
+    for cell in comparison.failed:
+        print(f"failed: {cell['task']} · {cell['recipe']}: {cell['reason']}", file=sys.stderr)
+    raise typer.Exit(1 if comparison.failed else 0)
+
+
+@app.command()
+def catalog(
+    role: Annotated[str | None, typer.Option(help="Only this role: `cache`, `depth` or `prune`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What techniques are here, from which papers, and which claims were verified."""
+    from rich.console import Console
+
+    from foveate.catalog import table, to_json
+
+    if as_json:
+        print(json.dumps(to_json(role), indent=2))
+    else:
+        Console().print(table(role))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """What is installed, on which devices things will run, and why."""
+    from rich.console import Console
+
+    from foveate.doctor import report, show
+
+    sections = report()
+    if as_json:
+        print(json.dumps({section.title: section.facts for section in sections}, indent=2))
+    else:
+        Console().print(show(sections))
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Methods; all by default.")] = None,
+    role: Annotated[str | None, typer.Option(help="Only this role: `cache`, `depth` or `prune`.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the results go, one file a claim.")] = Path("claims"),
+) -> None:
+    """Run the experiments that could refute what the methods claim."""
+    from foveate.verify import verify as run
+
+    raise typer.Exit(0 if run(names or [], role=role, out=out) else 1)

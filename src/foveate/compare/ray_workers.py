@@ -1,0 +1,83 @@
+"""Where cells run: as tasks on a Ray cluster, whose nodes may die."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from foveate.compare.grid import Cell
+from foveate.compare.workers import Result, Seat, Source, Watcher, failed
+from foveate.errors import FoveateError
+
+RETRIES = 3
+"""How often a cell is started again when the node or process that it was on died."""
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Inside, the ray module, connected to the cluster at `address`; where the caller already was, it stays so.
+
+    Args:
+        address: "local" (a cluster of this machine alone, for this run), "auto" (the one this machine is part of),
+            or "host:port".
+
+    Raises:
+        FoveateError: Ray is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise FoveateError("--ray needs Ray, which is not installed: pip install 'foveate[ray]'.") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise FoveateError(
+            f"there is no Ray cluster to reach at {address!r} ({' '.join(str(error).split())}): "
+            "start one with `ray start --head`, or say --ray local."
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def on_ray(ray: Any, cells: Sequence[Cell], source: Source, at_once: int, watcher: Watcher) -> None:
+    """Run cells as Ray tasks, each on one CPU core (and one GPU where the run is on GPUs), `at_once` at most."""
+    gpus = 1 if source.device.startswith("cuda") else 0
+    run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run)
+    shared, waiting = ray.put(source), deque(cells)
+    running: dict[Any, tuple[Cell, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                cell = waiting.popleft()
+                running[run.remote(shared, cell)] = (cell, time.perf_counter())
+            for done in ray.wait(list(running))[0]:
+                cell, began = running.pop(done)
+                try:
+                    result = ray.get(done)
+                except ray.exceptions.RayError as error:
+                    said = " ".join(str(error).split())
+                    result = failed(FoveateError(f"Ray lost this cell, after {RETRIES} retries: {said}"), began)
+                watcher.finished(cell, result)
+    finally:
+        for left in running:
+            ray.cancel(left, force=True)
+
+
+def _run(source: Source, cell: Cell) -> Result:
+    """On a node of the cluster."""
+    return _seat(source).run(cell, lambda fraction: None)
+
+
+@functools.lru_cache(maxsize=1)
+def _seat(source: Source) -> Seat:
+    """One model a process: Ray uses a process for many cells."""
+    return Seat(source.open)

