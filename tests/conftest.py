@@ -6,7 +6,10 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("foveate", deadline=None)  # a busy machine is no bug
+settings.load_profile("foveate")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 

@@ -11,12 +11,13 @@ from foveate.version import __version__
 if TYPE_CHECKING:
     from foveate.cache import CachePolicy, CacheView
     from foveate.catalog import catalog
+    from foveate.claims import Claim, Finding, claim
     from foveate.compare import Comparison, compare
     from foveate.data.text import Text, load_text
     from foveate.depth import DepthPlan
     from foveate.errors import FoveateError
     from foveate.measure.bootstrap import Metric
-    from foveate.methods import Claim, Finding, Lab, Method, Paper, Recipe, Target, UnitScores, apply, claim, method
+    from foveate.methods import Method, Paper, Recipe, Target, UnitScores, apply, method
     from foveate.models.anatomy import Anatomy, Family, anatomy, register_family
     from foveate.models.load import load
     from foveate.models.tiny import tiny, tiny_tokenizer
@@ -27,15 +28,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "foveate.cache": ("CachePolicy", "CacheView"),
     "foveate.catalog": ("catalog",),
+    "foveate.claims": ("Claim", "Finding", "claim"),
     "foveate.compare": ("Comparison", "compare"),
     "foveate.data.text": ("Text", "load_text"),
     "foveate.depth": ("DepthPlan",),
     "foveate.errors": ("FoveateError",),
     "foveate.measure.bootstrap": ("Metric",),
-    "foveate.methods": (
-        *("Claim", "Finding", "Lab", "Method", "Paper", "Recipe", "Target", "UnitScores"),
-        *("apply", "claim", "method"),
-    ),
+    "foveate.methods": ("Method", "Paper", "Recipe", "Target", "UnitScores", "apply", "method"),
     "foveate.models.anatomy": ("Anatomy", "Family", "anatomy", "register_family"),
     "foveate.models.load": ("load",),
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),

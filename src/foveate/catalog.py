@@ -1,4 +1,4 @@
-"""The catalog: what techniques are here, from which papers, what is claimed of them, and whether that was verified.
+"""The catalog: what techniques are here, from which papers, what they claim, and whether that was verified.
 
 It is made from the methods themselves and from what `foveate verify` wrote, one file a claim.
 """
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from foveate.claims import CLAIMS
 from foveate.errors import FoveateError
-from foveate.methods import CLAIMS, METHODS, Method, Paper, nearest
+from foveate.methods import METHODS, Method, Paper, nearest
 
-CLAIMS_FOLDER = Path("claims")
+CLAIMS_FOLDER = Path("docs", "claims")
 """Where `foveate verify` writes by default."""
 
 
@@ -74,7 +76,9 @@ def _entry(cls: type[Method], claims: Path) -> Entry:
         try:
             verified, where = json.loads(result.read_text(encoding="utf-8"))["status"], result.as_posix()
         except (OSError, ValueError, KeyError) as error:
-            raise FoveateError(f"{result} is no result of a claim: run `foveate verify {cls.name}` again.") from error
+            raise FoveateError(
+                f"{result} holds no claim's result: run `foveate verify {cls.name}` again."
+            ) from error
     return Entry(cls.name, cls.role, cls.claim, fields, cls.paper, verified, where)
 
 
@@ -95,14 +99,18 @@ def table(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> Table:
         >>> table("cache").columns[0].header
         'method'
     """
-    shown = Table(show_lines=False)
-    for header in ("method", "role", "claim", "paper", "verified"):
-        shown.add_column(header, no_wrap=header in ("method", "role", "verified"))
-    for entry in catalog(role, claims):
-        paper = Text("-" if entry.paper is None else f"{entry.paper.title}, {entry.paper.year}")
-        if entry.paper is not None:
-            paper.stylize(f"link {entry.paper.url}")
-        shown.add_row(entry.name, entry.role, Text(entry.claim), paper, entry.verified)
+    shown = Table(box=SIMPLE_HEAD)
+    shown.add_column("method", no_wrap=True)
+    shown.add_column("claim, paper")
+    shown.add_column("verified", no_wrap=True)
+    entries = catalog(role, claims)
+    for room in dict.fromkeys(entry.role for entry in entries):
+        shown.add_row(Text(room, style="bold"))
+        for entry in (each for each in entries if each.role == room):
+            shown.add_row(f"  {entry.name}", Text(entry.claim), entry.verified)
+            if (paper := entry.paper) is not None:
+                shown.add_row("", Text(f"{paper.title}, {paper.year}", f"dim link {paper.url}"))
+        shown.add_section()
     return shown
 
 
@@ -116,9 +124,9 @@ def markdown(claims: Path = CLAIMS_FOLDER) -> str:
     entries = catalog(claims=claims)
     lines = ["# Catalog", "", "Made from the methods themselves: `foveate catalog` prints the same."]
     for role in dict.fromkeys(entry.role for entry in entries):
-        lines += ["", f"## {role}", "", "| method | fields | claim | paper | verified |", "|---|---|---|---|---|"]
+        lines += ["", f"## {role}", "", "| method | fields | claim | paper | verified |", "|---" * 5 + "|"]
         for entry in (each for each in entries if each.role == role):
-            fields = ", ".join(f"`{key}`" if at is None else f"`{key}={at}`" for key, at in entry.fields.items())
+            fields = ", ".join(f"`{k}`" if v is None else f"`{k}={v}`" for k, v in entry.fields.items())
             paper = f"[{entry.paper.title}]({entry.paper.url}), {entry.paper.year}" if entry.paper else "-"
             cells = (f"`{entry.name}`", fields or "-", entry.claim, paper, entry.verified)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foveate.errors import FoveateError
 from foveate.version import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 app = typer.Typer(
     help="See where a model's compute matters, spend it only there, and prove what that cost in quality.",
@@ -22,7 +25,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The program `foveate`: 0 = done, 1 = something failed, 2 = can't be done as asked, 130 = interrupted."""
+    """The program `foveate`: 0 = done, 1 = something failed, 2 = can't be done as asked, 130 = stopped."""
     try:
         app()
     except FoveateError as error:
@@ -50,21 +53,23 @@ def compare(
     model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id.")],
     recipes: Annotated[
         list[str] | None,
-        typer.Option(help="`full,h2o:keep=0.2,drop-attention:keep=0.8+h2o:keep=0.2`; by default the profile's."),
+        typer.Option(help="`full,h2o:keep=0.2,drop-attention:keep=0.8+h2o:keep=0.2`; else the profile's."),
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="`perplexity:tokens=4096,passkey`; by default the profile's.")
+        list[str] | None, typer.Option(help="`perplexity:tokens=4096,passkey`; else the profile's.")
     ] = None,
-    profile: Annotated[str, typer.Option(help="Recipes and tasks in a word: `quick` or `standard`.")] = "quick",
-    text: Annotated[str, typer.Option(help="What tasks read: `prose`, `code`, a file, or `hub:NAME`.")] = "prose",
+    profile: Annotated[str, typer.Option(help="Recipes and tasks in a word: `quick`, `standard`.")] = "quick",
+    text: Annotated[
+        str, typer.Option(help="What tasks read: `prose`, `code`, a file, `hub:NAME`.")
+    ] = "prose",
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder; a run that was stopped goes on.  [default: runs/...]")
+        Path | None, typer.Option(help="The run's folder, where a stopped run goes on; else `runs/...`.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
     seed: Annotated[int, typer.Option(help="Set before every cell.")] = 0,
     workers: Annotated[int, typer.Option(help="Child processes to spread cells over; 0: run here.")] = 0,
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster: `local`, `auto`, `host:port`.")] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster: `local`, `auto`, `host:port`.")] = None,
 ) -> None:
     """Measure recipes on tasks: a table, advice, and a page."""
     from rich.console import Console
@@ -134,9 +139,27 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Methods; all by default.")] = None,
     role: Annotated[str | None, typer.Option(help="Only this role: `cache`, `depth` or `prune`.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the results go, one file a claim.")] = Path("claims"),
+    model: Annotated[str, typer.Option(help="What the experiments are made on.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where claims/NAME.json and claims.md go.")] = Path("docs"),
 ) -> None:
     """Run the experiments that could refute what the methods claim."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from foveate.verify import verify as run
 
-    raise typer.Exit(0 if run(names or [], role=role, out=out) else 1)
+    with Progress(console=Console(stderr=True)) as bars:
+        rows: dict[str, TaskID] = {}
+
+        def progress(name: str, done: float) -> None:
+            if name not in rows:
+                rows[name] = bars.add_task(name, total=1.0)
+            bars.update(rows[name], completed=done)
+
+        verdicts = run(names or [], role=role, model=model, dtype=dtype, out=out, progress=progress)
+    for verdict in verdicts:
+        print(f"{verdict.method}: {verdict.status}")
+        for words, held in verdict.checks.items():
+            print(f"  {'yes' if held else 'no '}  {words}")
+    print(f"\n{out / 'claims.md'}")

@@ -1,4 +1,4 @@
-"""The doctor: what is installed, which path each role will take on this machine and why, and what is missing."""
+"""The doctor: what is installed, which path each role takes on this machine and why, and what is missing."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ def show(sections: list[Section]) -> Table:
         2
     """
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for section in sections:
         table.add_row(Text(section.title, style="bold"))
         for key, value in section.facts.items():
@@ -90,15 +92,17 @@ def _devices() -> dict[str, str]:
     known = [flag for flag in CPU_FLAGS if flag in flags]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     facts = {
-        "cpu": f"{os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.machine()} {' '.join(known)}".rstrip(),
+        "cpu": f"{os.cpu_count()} cores, {platform.machine()} {' '.join(known)}".rstrip(),
+        "memory": f"{memory:.0f} GiB",
         "threads": f"{torch.get_num_threads()} for PyTorch",
     }
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        facts[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
+        memory = gpu.total_memory / 2**30
+        facts[f"cuda:{index}"] = f"{gpu.name}, {memory:.0f} GiB, capability {gpu.major}.{gpu.minor}"
     if not torch.cuda.is_available():
-        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        facts["gpu"] = f"none: {why}"
+        built = torch.version.cuda is not None
+        facts["gpu"] = "none: PyTorch finds none" if built else "none: this PyTorch is built without CUDA"
     return facts
 
 
@@ -114,11 +118,11 @@ def _paths() -> dict[str, str]:
     place = "the GPU in bfloat16" if torch.cuda.is_available() else "the CPU in float32"
     classes = METHODS.all().values()
     receiving = [cls.name for cls in classes if getattr(cls, "needs_received", False)]
-    whole = ", ".join(receiving)
     return {
         "all": f"on {place} unless --device or --dtype say otherwise",
         "cache": "scaled_dot_product_attention over the entries held; "
-        f"blockwise attention in plain PyTorch for {whole}, because a fused kernel doesn't tell what entries receive",
+        f"blockwise attention in plain PyTorch for {', '.join(receiving)}, because a fused one doesn't tell "
+        "how much attention each entry receives",
         "depth": "PyTorch: a skipped layer is not run, the others run as they are",
         "prune": "PyTorch: a removed part is not run; its scores come from calibration text, once a recipe",
     }
@@ -130,9 +134,8 @@ def _files() -> dict[str, str]:
     return {
         "converted models": str(cache_dir()),
         "Hub's models": HF_HUB_CACHE,
-        DEFAULT_MODEL: (
-            "not installed" if package is None else f"{package}, {'converted' if converted else 'not yet converted'}"
-        ),
+        DEFAULT_MODEL: "not installed" if package is None else str(package),
+        "its conversion": "not yet made" if converted is None else str(converted),
     }
 
 

@@ -1,4 +1,4 @@
-"""What every technique is made of: methods, recipes, unit scores, claims, and the registry that finds them.
+"""What every technique is made of: methods, recipes, unit scores, and the registry that finds them.
 
 A **method** is one published technique: a frozen, keyword-only dataclass whose fields are its hyper-parameters.
 A **recipe** is an ordered list of methods, as text (`"drop-attention:keep=0.8+h2o:keep=0.2"`), as YAML or as
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -17,7 +18,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -26,9 +27,8 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.data.text import Text, load_text, tokens
+from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
-from foveate.measure.bootstrap import Metric
 from foveate.models.load import tokenizer_for
 
 S = TypeVar("S", bound="Spec")
@@ -106,7 +106,7 @@ class Registry(Generic[S]):
     def register(self, name: str) -> Callable[[C], C]:
         """Decorator: make the class a frozen, keyword-only dataclass known as `name`."""
 
-        def decorate(cls: C) -> C:
+        def decorate(cls: Any) -> Any:
             cls.name = name
             cls = dataclass(frozen=True, kw_only=True)(cls)
             if name in self._classes and self._classes[name].__qualname__ != cls.__qualname__:
@@ -221,6 +221,7 @@ class Method(Spec, ABC):
         """A context manager: in force inside, gone without a trace after."""
 
 
+@functools.cache
 def load_rooms() -> None:
     """Import every room and every plug-in (entry points of the group `foveate.methods`), so that all register."""
     for room in ROOMS:
@@ -232,6 +233,7 @@ def load_rooms() -> None:
 METHODS: Registry[Method] = Registry("method", load_rooms)
 
 
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def method(name: str) -> Callable[[C], C]:
     """Class decorator: register a technique under its short name, as a frozen keyword-only dataclass.
 
@@ -427,55 +429,3 @@ def check_fraction(who: str, keep: float) -> None:
     """Raise unless `keep` is in (0, 1]."""
     if not 0 < keep <= 1:
         raise FoveateError(f"{who}: keep={keep} is outside (0, 1]: give the fraction to keep, such as 0.2.")
-
-
-# ---- claims -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a claim's experiment showed: figures with intervals, whether the claim holds here, and a sentence why."""
-
-    metrics: dict[str, Metric]
-    holds: bool
-    why: str
-
-
-@dataclass
-class Lab:
-    """What a claim's experiment may use."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    text: Text
-    progress: Callable[[float], None] = field(default=lambda fraction: None)
-
-
-class Claim(ABC):
-    """The smallest honest experiment that could refute what a method is said to do.
-
-    Class attributes: `method` (its short name), `statement` (the paper's, in our words), `setting` (what is run),
-    `needs` ("cpu" or "cuda").
-    """
-
-    method: ClassVar[str]
-    statement: ClassVar[str]
-    setting: ClassVar[str]
-    needs: ClassVar[str] = "cpu"
-
-    @abstractmethod
-    def run(self, lab: Lab) -> Finding: ...
-
-
-CLAIMS: dict[str, type[Claim]] = {}
-
-
-def claim(name: str) -> Callable[[C], C]:
-    """Class decorator: the class is the claim of the method called `name`."""
-
-    def decorate(cls: C) -> C:
-        cls.method = name
-        CLAIMS[name] = cls
-        return cls
-
-    return decorate

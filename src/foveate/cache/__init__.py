@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from foveate.cache.base import CachePolicy, CacheView, PolicyCache
+from foveate.cache.base import CachePolicy
+from foveate.cache.entries import CacheView, PolicyCache
 
 for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.cache.base import CachePolicy, CacheView
+from foveate.cache.base import CachePolicy
+from foveate.cache.entries import CacheView
+from foveate.cache.random import Random
+from foveate.claims import Claim, Finding, Streams, claim
+from foveate.measure.bootstrap import Metric
 from foveate.methods import Paper, method
+from foveate.tasks.base import Bench
+from foveate.tasks.perplexity import Perplexity
 
 
 @method("h2o")
@@ -41,3 +48,49 @@ class H2O(CachePolicy):
     def score(self, view: CacheView) -> Tensor:
         assert view.received is not None  # asked for above
         return view.received
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LightestFirst(H2O):
+    """The opposite, for the claim: heavy hitters are what goes."""
+
+    def score(self, view: CacheView) -> Tensor:
+        return -super().score(view)
+
+
+@claim("h2o")
+class HeavyHittersMatter(Claim):
+    statement: ClassVar[str] = (
+        "a fifth of the cache, recent tokens and heavy hitters, keeps the quality of the full cache; recent tokens "
+        "alone don't, and without the heavy hitters quality collapses (section 3.2, figure 4)"
+    )
+    setting: ClassVar[str] = (
+        "a fifth of a window of 1,024; 2,048 tokens in chunks of 32, the 1,844 after the first eviction; random and "
+        "lightest-first keep the same recent half as h2o"
+    )
+
+    def run(self, bench: Bench) -> Finding:
+        streams = Streams(bench, Perplexity(tokens=2048, window=1024, chunk=32, skip=204), of=6)
+        full = streams.read("full")
+        ratios = {
+            "h2o": streams.read("h2o:keep=0.2").over(full),
+            "recent tokens only": streams.read("window:keep=0.2").over(full),
+            "four sinks and recent tokens": streams.read("streaming:keep=0.2").over(full),
+            "random": streams.read(Random(keep=0.2, recent=0.5)).over(full),
+            "heavy hitters evicted": streams.read(_LightestFirst(keep=0.2)).over(full),
+        }
+        worst = max(("recent tokens only", "random"), key=lambda name: ratios[name].value)
+        return Finding(
+            {"perplexity, full cache": full.perplexity} | {f"over full: {k}": v for k, v in ratios.items()},
+            {
+                "within 5% of the full cache": ratios["h2o"].value < 1.05,
+                "better than recent tokens only": _below(ratios["h2o"], ratios["recent tokens only"]),
+                "better than random": _below(ratios["h2o"], ratios["random"]),
+                "evicting the heavy hitters hurts most": _below(ratios[worst], ratios["heavy hitters evicted"]),
+            },
+        )
+
+
+def _below(a: Metric, b: Metric) -> bool:
+    """Whether a is below b by more than their intervals."""
+    return a.high < b.low

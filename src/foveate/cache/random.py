@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.cache.base import CachePolicy, CacheView
+from foveate.cache.base import CachePolicy
+from foveate.cache.entries import CacheView
 from foveate.errors import FoveateError
 from foveate.methods import method
 

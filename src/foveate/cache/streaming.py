@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from foveate.cache.base import CachePolicy, CacheView
+from foveate.cache.base import CachePolicy
+from foveate.cache.entries import CacheView
+from foveate.claims import Claim, Finding, Stream, Streams, claim
+from foveate.data.text import tokens
 from foveate.methods import Paper, method
+from foveate.tasks.base import Bench, surprisal
+from foveate.tasks.perplexity import Perplexity
 
 
 @method("streaming")
@@ -39,3 +45,56 @@ class Streaming(CachePolicy):
 
     def score(self, view: CacheView) -> Tensor:
         return view.positions.float()
+
+
+@claim("streaming")
+class SinksRestoreTheWindow(Claim):
+    statement: ClassVar[str] = (
+        "a window alone breaks when the first token is evicted; four first tokens kept beside it restore the "
+        "perplexity, which then tracks recomputing the window for every token (figure 3, table 1)"
+    )
+    setting: ClassVar[str] = (
+        "512 entries; 4,096 tokens in chunks of 32, the 3,584 after the first eviction; recomputation: 512 tokens "
+        "from nothing for every 32 scored"
+    )
+
+    size: ClassVar[int] = 512
+    length: ClassVar[int] = 4096
+    chunk: ClassVar[int] = 32
+
+    def run(self, bench: Bench) -> Finding:
+        streams = Streams(bench, Perplexity(tokens=self.length, chunk=self.chunk, skip=self.size), of=10)
+        window = streams.read(f"window:entries={self.size}")
+        sinks = streams.read(f"streaming:entries={self.size}")
+        again = self.recomputed(bench, done=0.2)
+        half = len(sinks.nll) // 2
+        late = Stream(sinks.nll[half:], sinks.tokens[half:]).over(Stream(again.nll[half:], again.tokens[half:]))
+        broken, tracks = window.over(sinks), sinks.over(again)
+        return Finding(
+            {
+                "perplexity, window": window.perplexity,
+                "perplexity, four sinks and window": sinks.perplexity,
+                "perplexity, recomputation": again.perplexity,
+                "window over four sinks": broken,
+                "four sinks over recomputation": tracks,
+                "four sinks over recomputation, second half": late,
+            },
+            {
+                "the window alone is broken (over 1.2 times, interval included)": broken.low > 1.2,
+                "four sinks track recomputation within 5%": 0.95 < tracks.value < 1.05,
+                "and still do in the second half": 0.95 < late.value < 1.05,
+            },
+        )
+
+    @torch.no_grad()
+    def recomputed(self, bench: Bench, done: float) -> Stream:
+        """The same chunks, each predicted by a forward over the `size` tokens that end with it."""
+        ids = tokens(bench.text.evaluation, bench.tokenizer, self.length).to(bench.model.device)
+        nll, counts = [], []
+        for end in range(self.size + self.chunk, self.length + 1, self.chunk):
+            piece = ids[:, end - self.size : end]
+            logits = bench.model(piece, use_cache=False, logits_to_keep=self.chunk + 1).logits
+            nll.append(float(surprisal(logits[:, :-1], piece[:, -self.chunk :]).double().sum()))
+            counts.append(self.chunk)
+            bench.progress(done + (1 - done) * end / self.length)
+        return Stream(nll, counts)

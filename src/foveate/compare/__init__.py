@@ -33,8 +33,9 @@ class Comparison:
     """What a run measured.
 
     Attributes:
-        cells: the finished cells in the grid's order, as in the run folder's `cells/` (dictionaries with `model`,
-            `recipe`, `task`, `status`, `metrics`, `setting`, `seconds`, `artifacts`, and `reason` where it failed).
+        cells: the finished cells in the grid's order, as in the run folder's `cells/`: dictionaries with
+            `model`, `recipe`, `task`, `status`, `metrics`, `setting`, `seconds`, `artifacts`, and `reason`
+            where it failed.
         out: the run folder, or None.
     """
 
@@ -88,8 +89,8 @@ def compare(
         recipes: texts, methods or `Recipe` objects; the profile's by default.
         tasks: texts or `Task` objects; the profile's by default.
         profile: a name in `PROFILES`.
-        out: the run folder: each finished cell is kept there, with `results.jsonl` and `report.html`. Without it
-            nothing is written.
+        out: the run folder: each finished cell is kept there, with `results.jsonl` and `report.html`.
+            Without it nothing is written.
         tokenizer: of a live model that `foveate.load` didn't load.
         text: what tasks read: `prose`, `code`, a file, or `hub:NAME`.
         dtype, device: as for `foveate.load`.
@@ -115,39 +116,47 @@ def compare(
         >>> [(cell["recipe"], cell["status"]) for cell in comparison.cells]
         [('full', 'ok'), ('window:keep=0.5', 'ok')]
     """
-    live = isinstance(model, PreTrainedModel)
     chosen = grid.profile(profile)
     wanted = grid.parse_recipes(chosen.recipes if recipes is None else recipes)
     asked = grid.parse_tasks(chosen.tasks if tasks is None else tasks)
     if workers < 0:
-        raise FoveateError(f"workers={workers} can't be: give 0 to run in this process, or how many to start.")
+        raise FoveateError(f"workers={workers} can't be: give 0 to run in this process, or a number.")
     if workers and ray:
         raise FoveateError("workers and ray exclude each other: give one of them.")
-    if live and (workers or ray):
+    if isinstance(model, PreTrainedModel) and model.training:
+        raise FoveateError(
+            "the model is in training mode, where dropout blurs all figures: call model.eval() first."
+        )
+    if isinstance(model, PreTrainedModel) and (workers or ray):
         raise FoveateError("a live model can't be sent to other processes: save it, and give its folder.")
 
     def say(line: str) -> None:
         if show:
             print(f"foveate: {line}", file=sys.stderr)
 
-    name = model_name(model) if live else str(model)
+    name = model_name(model) if isinstance(model, PreTrainedModel) else str(model)
+    recipe_texts = [recipe.to_text() for recipe in wanted]
     arguments = {
         "model": name,
-        "recipes": [recipe.to_text() for recipe in wanted],
+        "recipes": recipe_texts,
         "tasks": [task.to_text() for task in asked],
         "text": text,
         "dtype": dtype,
         "device": device,
         "seed": seed,
     }
-    if "full" not in arguments["recipes"]:
+    if "full" not in recipe_texts:
         say("full is not among the recipes, so nothing can be held against the unchanged model.")
     with contextlib.ExitStack() as stack:
         place = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = RunFolder(place, arguments)  # before the model, which takes longer
         words = load_text(text)
-        source = Source(str(model), dtype, device, words)
-        seat = Seat((lambda: Bench(model, tokenizer or tokenizer_for(model), words)) if live else source.open)
+        source = Source(name, dtype, device, words)
+        if isinstance(model, PreTrainedModel):
+            bench = Bench(model, tokenizer or tokenizer_for(model), words)
+            seat = Seat(lambda: bench)
+        else:
+            seat = Seat(source.open)
         for task in asked:
             task.check(seat.bench())
         setting = grid.setting_of(seat.bench().model, words, seed)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.measure.bootstrap import perplexity_ratio
 
-HIGHER_IS_BETTER = frozenset({
-    "passkey", "decode_speedup", "prefill_speedup", "decode_tokens_per_second", "prefill_tokens_per_second",
-})
+HIGHER_IS_BETTER = frozenset(
+    {
+        "passkey",
+        "decode_speedup",
+        "prefill_speedup",
+        "decode_tokens_per_second",
+        "prefill_tokens_per_second",
+    }
+)
 
 QUALITIES = ("perplexity", "passkey", "copy_surprisal_ratio")
 
@@ -164,10 +169,11 @@ def frontier(rows: Sequence[Row], cost: str, quality: str, task: str | None = No
     points = []
     for row in rows:
         spent, gained = row.cost(cost, task), row.figure(quality, task)
-        if spent and gained and math.isfinite(spent.value) and math.isfinite(gained.value):
+        if spent and gained:
             points.append((loss(cost, spent), loss(quality, gained), row))
     kept = [
-        (x, y, row) for x, y, row in points
+        (x, y, row)
+        for x, y, row in points
         if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
     ]
     return [row for *_, row in sorted(kept, key=lambda point: point[:2])]
@@ -216,10 +222,7 @@ def _advice(rows: list[Row], tolerance: float) -> str:
         return cache.value if cache else 1.0, -speed.value if speed and not speed.covers(1) else -1.0
 
     measured = [
-        row for row in rows
-        if row is not full
-        and all(task in row.changes for task in texts + passkeys)
-        and all(math.isfinite(row.changes[task]["perplexity"].high) for task in texts)
+        row for row in rows if row is not full and all(task in row.changes for task in texts + passkeys)
     ]
     if not measured:
         return "no advice: no recipe beside `full` came through all the tasks that judge quality."

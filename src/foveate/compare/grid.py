@@ -1,4 +1,4 @@
-"""The grid: which cells there are, what determines each of them, and the profiles that name a grid in a word."""
+"""The grid: which cells there are, what determines each of them, and profiles, grids with a name."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ PROFILES = {
             "perplexity:tokens=3072,window=1024",
             "passkey:cases=4,tokens=512",
             "held",
-            "generate",
-            "speed",
+            "generate:samples=2,prompt=256,tokens=32",
+            "speed:prompt=512,tokens=16,repeats=3",
         ),
     ),
     "standard": Profile(
-        about="figures to rely on: longer texts, more cases, several budgets; hours on a CPU, minutes on a GPU",
+        about="longer texts, more cases, several budgets; hours on a CPU, minutes on a GPU",
         recipes=(
             "full",
             *(f"{name}:keep={keep}" for name in ("window", "streaming", "h2o") for keep in (0.1, 0.2, 0.5)),
@@ -63,7 +63,14 @@ PROFILES = {
             "drop-attention:keep=0.87",
             "drop-attention:keep=0.87+h2o:keep=0.2",
         ),
-        tasks=("perplexity:tokens=16384", "passkey:cases=20,tokens=1024", "copy", "held", "generate", "speed"),
+        tasks=(
+            "perplexity:tokens=16384",
+            "passkey:cases=20,tokens=1024",
+            "copy",
+            "held",
+            "generate",
+            "speed",
+        ),
     ),
 }
 
@@ -125,13 +132,15 @@ def parse_tasks(tasks: Iterable[TaskLike]) -> list[Task]:
     return parsed
 
 
-def cells(model: str, recipes: Sequence[Recipe], tasks: Sequence[Task], setting: Mapping[str, Any]) -> list[Cell]:
+def cells(
+    model: str, recipes: Sequence[Recipe], tasks: Sequence[Task], setting: Mapping[str, Any]
+) -> list[Cell]:
     """The grid's cells, all recipes of a task together: a run that is stopped early can still be compared."""
     return [Cell(model, recipe.to_text(), task.to_text(), setting) for task in tasks for recipe in recipes]
 
 
 def setting_of(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
-    """What determines a result beside model name, recipe and task: numbers, place, versions, weights and text."""
+    """What determines a result beside recipe and task: numbers, place, versions, weights and text."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
@@ -155,8 +164,8 @@ def versions() -> dict[str, str]:
 def weights_digest(model: PreTrainedModel) -> str:
     """16 hexadecimal digits that change when a weight or the configuration does.
 
-    Each parameter counts with the sum of its bits read as integers: exact, so that it does not depend on the number
-    of threads or the device, and quick enough for large models.
+    Each parameter counts with the sum of its bits read as integers: exact, so that it does not depend on the
+    number of threads or the device, and quick enough for large models.
     """
     sums = {}
     for name, tensor in model.state_dict().items():

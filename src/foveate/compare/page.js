@@ -1,4 +1,4 @@
-"use strict";
+// Bundled with Vega, Vega-Lite and vegaEmbed, and put into the page as a module.
 
 const data = (id) => JSON.parse(document.getElementById(id).textContent);
 
@@ -73,7 +73,8 @@ for (const view of document.querySelectorAll(".held")) {
   }
   function say(event) {
     if (!event.target.classList.contains("token")) return;
-    readout.textContent = `“${event.target.textContent.replaceAll("\n", "⏎")}” is ${event.target.title}.`;
+    const token = event.target.textContent.replaceAll("\n", "⏎").trim() || "space";
+    readout.textContent = `“${token}” is ${event.target.title}.`;
   }
   const passage = view.querySelector(".passage");
   passage.addEventListener("mouseover", say);

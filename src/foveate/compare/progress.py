@@ -120,7 +120,8 @@ class Board:
 
     def started(self, cell: Cell) -> None:
         self._estimate.started(cell)
-        self._rows[cell] = self._bars.add_task(f"{escape(cell.task)} · {escape(cell.recipe)}", total=1.0, note="")
+        name = escape(f"{cell.task} · {cell.recipe}")
+        self._rows[cell] = self._bars.add_task(name, total=1.0, note="")
 
     def progressed(self, cell: Cell, fraction: float) -> None:
         self._estimate.progressed(cell, fraction)
@@ -143,10 +144,8 @@ class Board:
         )
 
     def _update(self) -> None:
-        note = self._left()
-        self._bars.update(
-            self._all, completed=self._estimate.done, note=note, description=f"{self._done} of {self._cells} cells"
-        )
+        count = f"{self._done} of {self._cells} cells"
+        self._bars.update(self._all, completed=self._estimate.done, note=self._left(), description=count)
 
     def _left(self) -> str:
         seconds = self._estimate.seconds_left()
@@ -154,7 +153,9 @@ class Board:
             return "measuring speed"
         if seconds < 90:
             return f"about {max(1, round(seconds))} s left"
-        return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+        if seconds < 5400:
+            return f"about {seconds / 60:.0f} min left"
+        return f"about {seconds / 3600:.1f} h left"
 
 
 def _outcome(result: Result) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,11 @@ RETRIES = 3
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Inside, the ray module, connected to the cluster at `address`; where the caller already was, it stays so.
+    """Inside, the ray module, connected to the cluster at `address`; whoever was connected already stays so.
 
     Args:
-        address: "local" (a cluster of this machine alone, for this run), "auto" (the one this machine is part of),
-            or "host:port".
+        address: "local" (a cluster of this machine alone, for this run), "auto" (the one that this machine is
+            part of), or "host:port".
 
     Raises:
         FoveateError: Ray is not installed, or there is no cluster at the address.
@@ -36,7 +37,7 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise FoveateError(
             f"there is no Ray cluster to reach at {address!r} ({' '.join(str(error).split())}): "
@@ -49,7 +50,7 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def on_ray(ray: Any, cells: Sequence[Cell], source: Source, at_once: int, watcher: Watcher) -> None:
-    """Run cells as Ray tasks, each on one CPU core (and one GPU where the run is on GPUs), `at_once` at most."""
+    """Run cells as Ray tasks, `at_once` at most, each on a CPU core (and a GPU where the run is on GPUs)."""
     gpus = 1 if source.device.startswith("cuda") else 0
     run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run)
     shared, waiting = ray.put(source), deque(cells)
@@ -65,7 +66,7 @@ def on_ray(ray: Any, cells: Sequence[Cell], source: Source, at_once: int, watche
                     result = ray.get(done)
                 except ray.exceptions.RayError as error:
                     said = " ".join(str(error).split())
-                    result = failed(FoveateError(f"Ray lost this cell, after {RETRIES} retries: {said}"), began)
+                    result = failed(FoveateError(f"Ray lost this cell {RETRIES + 1} times: {said}"), began)
                 watcher.finished(cell, result)
     finally:
         for left in running:

@@ -1,11 +1,11 @@
-"""The page: one HTML file that opens offline. What it shows is chosen here, how it looks is in page.html.j2."""
+"""The page: one HTML file that opens offline. Here is what it shows; how it looks is in page.html.j2."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,32 +15,22 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, FileSystemLoader
 
-from foveate.compare.charts import curve_chart, frontier_chart, looks
+from foveate.compare.charts import Look, curve_chart, frontier_chart, looks
 from foveate.compare.frontier import QUALITIES, Figure, Row, advice, frontier, summarise
+from foveate.compare.words import LABELS, PERCENT, UNSHOWN, change_text, texts
 from foveate.errors import FoveateError
+
+HERE = Path(__file__).parent
 
 Cell = Mapping[str, Any]
 Column = tuple[str, str | None]
 """A metric, and the task that measured it; None where any task's measurement will do."""
 
-LABELS = {  # the table's columns in this order; whatever else a task measures comes after them, by name
-    "perplexity": "perplexity",
-    "passkey": "passkeys answered",
-    "copy_surprisal_ratio": "copy surprisal",
-    "copy_surprisal_ratio_permuted": "copy surprisal, permuted",
-    "copy_surprisal_ratio_novel": "copy surprisal, novel",
-    "cache_fraction": "cache",
-    "cache_bytes": "cache held",
-    "decode_speedup": "decoding",
-    "prefill_speedup": "prefill",
-    "decode_tokens_per_second": "decoded tokens/s",
-    "peak_memory_bytes": "peak memory",
-    "parameters": "parameters",
+ONCE = {"cache_fraction", "cache_bytes", "parameters"}  # most tasks measure these: the table has the first one's
+COSTS = {
+    "cache_fraction": ("cache", "share of the full cache held"),
+    "decode_speedup": ("speed", "decoding, times full"),
 }
-UNSHOWN = {"perplexity_ratio", "prefill_seconds", "prefill_tokens_per_second", "tokens", "held_fraction", "distinct_2"}
-ONCE = {"cache_fraction", "cache_bytes", "parameters"}  # most tasks measure these; the first one's stand in the table
-PERCENT = {"passkey", "cache_fraction"}
-COSTS = {"cache_fraction": ("cache", "share of the full cache held"), "decode_speedup": ("speed", "decoding, times full")}
 
 
 def write_report(run: Path | Sequence[Cell], out: Path) -> Path:
@@ -62,7 +52,9 @@ def write_report(run: Path | Sequence[Cell], out: Path) -> Path:
     """
     cells = read_cells(run) if isinstance(run, str | Path) else list(run)
     if not cells:
-        raise FoveateError("A report was asked for, but no cell is finished yet: let `foveate compare` run first.")
+        raise FoveateError(
+            "A report was asked for, but no cell is finished yet: let `foveate compare` run first."
+        )
     page = render(cells)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -70,12 +62,14 @@ def write_report(run: Path | Sequence[Cell], out: Path) -> Path:
         os.replace(unfinished, out)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise FoveateError(f"The report can't be written to {out}: {error.strerror}. Name another place.") from error
+        raise FoveateError(
+            f"The report can't be written to {out}: {error.strerror}. Name another place."
+        ) from error
     return out
 
 
 def read_cells(run: Path) -> list[Cell]:
-    """The cells of a run folder, in grid order where results.jsonl tells it, otherwise as they were finished."""
+    """The cells of a run folder, in grid order where results.jsonl tells it, else as they were finished."""
     paths = sorted(Path(run, "cells").glob("*.json"), key=lambda path: path.stat().st_mtime)
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results = Path(run, "results.jsonl")
@@ -102,11 +96,8 @@ def render(cells: Sequence[Cell]) -> str:
     charts = _frontiers(rows, columns, look) + _curves(done, look)
     said = advice(cells)
 
-    folder = Path(__file__).parent
-    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    bundle = vl_convert.javascript_bundle(vl_version=version)
-    script = f"(() => {{{bundle}}})();\n{(folder / 'page.js').read_text(encoding='utf-8')}"
-    template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("page.html.j2")
+    script = _script()
+    template = Environment(loader=FileSystemLoader(HERE), autoescape=True).get_template("page.html.j2")
     return template.render(
         advice=said[0].upper() + said[1:],
         charts=[{**chart, "index": index} for index, chart in enumerate(charts)],
@@ -124,9 +115,16 @@ def render(cells: Sequence[Cell]) -> str:
         seconds=sum(cell["seconds"] for cell in cells),
         setting=_setting(cells),
         specs=[chart["spec"] for chart in charts],
-        style=(folder / "page.css").read_text(encoding="utf-8"),
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
         table={name: [_entry(row, *column) for column in columns] for name, row in rows.items()},
     )
+
+
+@functools.cache
+def _script() -> str:
+    """The page's script with the libraries that it uses."""
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    return vl_convert.javascript_bundle((HERE / "page.js").read_text(encoding="utf-8"), version)
 
 
 def _columns(rows: Mapping[str, Row]) -> list[Column]:
@@ -144,55 +142,65 @@ def _entry(row: Row, metric: str, task: str | None) -> dict[str, Any]:
     figure = row.figure(metric, task)
     if figure is None:
         return {"sort": "", "text": "failed" if task in row.failures else "–", "failed": task in row.failures}
-    value, interval = _texts(metric, figure)
-    return {"sort": figure.value, "text": value, "interval": interval, "change": _change(row, metric, task)}
+    value, interval = texts(metric, figure)
+    return {"sort": figure.value, "text": value, "interval": interval, "change": change_text(row, metric, task)}
 
 
-def _frontiers(rows: Mapping[str, Row], columns: Sequence[Column], look: Any) -> list[dict[str, Any]]:
+def _frontiers(rows: Mapping[str, Row], columns: Sequence[Column], look: Look) -> list[dict[str, Any]]:
+    """A chart for each quality that a task measured, against each cost."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows.values():
+        groups.setdefault(row.model, []).append(row)
     charts = []
     for quality, task in (column for column in columns if column[0] in QUALITIES):
         for cost, (short, x_title) in COSTS.items():
-            by_model: dict[str, list[Row]] = {}
-            for row in rows.values():
-                by_model.setdefault(row.model, []).append(row)
-            best = [row for group in by_model.values() for row in frontier(group, cost, quality, task)]
-            points = []
-            for name, row in rows.items():
-                x, y = row.cost(cost, task), row.figure(quality, task)
-                if x and y and math.isfinite(x.value) and math.isfinite(y.value):
-                    points.append({
-                        "recipe": name, "name": name, "model": row.model, "full": row.recipe == "full", "best": row in best,
-                        **_ends("x", x), **_ends("y", y), "cost": " ".join(_texts(cost, x)),
-                        "quality": " ".join(_texts(quality, y)), "change": _change(row, quality, task) or "–",
-                    })
+            best = [row for group in groups.values() for row in frontier(group, cost, quality, task)]
+            points = [
+                {
+                    "recipe": name,
+                    "name": name,
+                    "model": row.model,
+                    "full": row.recipe == "full",
+                    "best": row in best,
+                    **_ends("x", x),
+                    **_ends("y", y),
+                    "cost": " ".join(texts(cost, x)).strip(),
+                    "quality": " ".join(texts(quality, y)).strip(),
+                    "change": change_text(row, quality, task) or "–",
+                }
+                for name, row in rows.items()
+                if (x := row.cost(cost, task)) and (y := row.figure(quality, task))
+            ]
             if len(points) > 1:
                 title = f"{LABELS[quality].capitalize()} against {short}"
-                percent = (cost in PERCENT, quality in PERCENT)
-                spec = frontier_chart(points, look, title=title, x=x_title, y=LABELS[quality], percent=percent)
+                words = {"title": title, "x": x_title, "y": LABELS[quality]}
+                spec = frontier_chart(points, look, **words, percent=(cost in PERCENT, quality in PERCENT))
                 charts.append({"kind": "frontier", "title": title, "task": task, "spec": spec})
     return charts
 
 
 def _ends(axis: str, figure: Figure) -> dict[str, float]:
-    def known(end: float | None) -> float:
-        return figure.value if end is None or not math.isfinite(end) else end
-
-    return {axis: figure.value, f"{axis}_low": known(figure.low), f"{axis}_high": known(figure.high)}
+    low, high = (figure.value if end is None else end for end in (figure.low, figure.high))
+    return {axis: figure.value, f"{axis}_low": low, f"{axis}_high": high}
 
 
-def _curves(cells: Sequence[Cell], look: Any) -> list[dict[str, Any]]:
+def _curves(cells: Sequence[Cell], look: Look) -> list[dict[str, Any]]:
+    """A chart for each task that measured along the text."""
     charts = []
     for task, group in _by_task(cells, "curve").items():
-        points = []
-        for cell in group:
-            curve = cell["artifacts"]["curve"]
-            line = [(x, y) for x, y in zip(curve["x"], curve["y"], strict=True) if math.isfinite(y)]
-            points += [{"recipe": cell["label"], "name": cell["label"], "x": x, "y": y} for x, y in line]
-        if points:
-            x, y = curve["x_name"], curve["y_name"]
-            title = f"{y.capitalize()} along the text"
-            spec = curve_chart(points, look, title=title, x=x, y=y)
-            charts.append({"kind": "curve", "title": title, "task": task, "spec": spec})
+        curves = {cell["label"]: cell["artifacts"]["curve"] for cell in group}
+        points = [
+            {"recipe": name, "name": name, "x": x, "y": y}
+            for name, curve in curves.items()
+            for x, y in zip(curve["x"], curve["y"], strict=True)
+            if y is not None  # JSON's word for a number that overflowed
+        ]
+        if not points:
+            continue
+        x_title, y_title = (group[0]["artifacts"]["curve"][each] for each in ("x_name", "y_name"))
+        title = f"{y_title.capitalize()} along the text"
+        spec = curve_chart(points, look, title=title, x=x_title, y=y_title)
+        charts.append({"kind": "curve", "title": title, "task": task, "spec": spec})
     return charts
 
 
@@ -213,10 +221,14 @@ def _passkeys(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for task, group in _by_task(cells, "cases").items():
         depths = sorted({case["depth"] for cell in group for case in cell["artifacts"]["cases"]})
         recipes = {
-            cell["label"]: [[case for case in cell["artifacts"]["cases"] if case["depth"] == depth] for depth in depths]
+            cell["label"]: [
+                [case for case in cell["artifacts"]["cases"] if case["depth"] == depth] for depth in depths
+            ]
             for cell in group
         }
-        tables.append({"task": task, "depths": [f"{100 * depth:.0f}%" for depth in depths], "recipes": recipes})
+        tables.append(
+            {"task": task, "depths": [f"{100 * depth:.0f}%" for depth in depths], "recipes": recipes}
+        )
     return tables
 
 
@@ -228,7 +240,9 @@ def _held(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             held = cell["artifacts"]["held"]
             recipes = passages.setdefault((task, tuple(held["tokens"])), [])
             recipes.append({"label": cell["label"], "heads": held["heads"], "of": held["of"]})
-    return [{"task": task, "tokens": tokens, "recipes": recipes} for (task, tokens), recipes in passages.items()]
+    return [
+        {"task": task, "tokens": tokens, "recipes": recipes} for (task, tokens), recipes in passages.items()
+    ]
 
 
 def _by_task(cells: Sequence[Cell], artifact: str) -> dict[str, list[Cell]]:
@@ -251,49 +265,3 @@ def _setting(cells: Sequence[Cell]) -> dict[str, str]:
 def _arguments(task: str) -> str:
     """The part of a task's text after its name, spaced so that it can break."""
     return task.partition(":")[2].replace(",", ", ")
-
-
-def _texts(metric: str, figure: Figure) -> tuple[str, str]:
-    """A figure and its interval in people's units; the interval is empty where there is none."""
-    value = _number(metric, figure.value, 4 if metric == "perplexity" else 3)
-    if figure.low is None or figure.high is None or figure.low == figure.high:
-        return value, ""
-    return value, f"[{_number(metric, figure.low, 3)}, {_number(metric, figure.high, 3)}]"
-
-
-def _number(metric: str, value: float, digits: int) -> str:
-    if not math.isfinite(value):
-        return "undefined" if math.isnan(value) else "∞"
-    if metric in PERCENT:
-        return f"{100 * value:.{0 if value >= 0.0995 or value == 0 else 1}f}%"
-    if metric.endswith("_speedup"):
-        return f"{value:.2f}x"
-    if metric.endswith("_bytes"):
-        return f"{_significant(value / 2**20, digits)} MiB"
-    if metric == "parameters":
-        return f"{_significant(value / 1e6, 4)} M"
-    return _significant(value, digits)
-
-
-def _significant(value: float, digits: int) -> str:
-    """`digits` significant digits, never in the 1e+03 form."""
-    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{round(value, places):,.{max(places, 0)}f}"
-
-
-def _change(row: Row, metric: str, task: str | None) -> str:
-    """A figure against that of full; nothing for full itself and for what is not a quality."""
-    change = row.changes.get(task or "", {}).get(metric)
-    if change is None or row.recipe == "full" or not math.isfinite(change.value):
-        return ""
-    if not change.real:
-        return "≈ full"
-    if metric == "perplexity":
-        return f"{change.value:.3g}x full" if change.value >= 2 else _signed(100 * (change.value - 1), 1) + "%"
-    if metric in PERCENT:
-        return _signed(100 * change.value, 0) + " points"
-    return _signed(change.value, 2)
-
-
-def _signed(value: float, places: int) -> str:
-    return f"{value:+.{places}f}".replace("-", "−")

@@ -26,7 +26,9 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, finished: int, cells: int):
-        super().__init__(f"stopped: {finished} of {cells} cells are finished, and the same command goes on from there.")
+        super().__init__(
+            f"stopped with {finished} of {cells} cells finished: the same command goes on there."
+        )
         self.finished, self.cells = finished, cells
 
 

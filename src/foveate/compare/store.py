@@ -31,14 +31,15 @@ OURS = ".foveate-"
 class RunFolder:
     """A run folder that this process alone writes to while the `with` block lasts.
 
-    Finished cells (`ok`) stay as they are; failed ones and unreadable files count as missing and are run again.
+    Finished cells (`ok`) stay as they are; failed ones and unreadable files count as missing and are run
+    again.
 
     Args:
         path: the folder, made where it is missing.
         arguments: JSON-ready; all that the user asked for. A folder made by other arguments is refused.
 
     Raises:
-        FoveateError: the folder holds something else, belongs to other arguments, can't be written, or is in use.
+        FoveateError: the folder holds something else, is of other arguments, in use, or can't be written.
 
     Example:
         >>> import tempfile
@@ -62,7 +63,9 @@ class RunFolder:
         """Raise FoveateError unless the folder could be made, or is a run made by the same arguments."""
         there = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
         if not there.is_dir():
-            raise FoveateError(f"{self.path} can't be the run's folder, because {there} is a file: give another --out.")
+            raise FoveateError(
+                f"{self.path} can't be a run's folder, as {there} is a file: give another --out."
+            )
         if not os.access(there, os.W_OK | os.X_OK):
             raise FoveateError(f"{there} can't be written to: give another --out.")
         if there != self.path:
@@ -77,7 +80,7 @@ class RunFolder:
             run = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             made, version = run["arguments"], run["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FoveateError(f"{self.path / 'run.json'} can't be read as a run's: give another --out.") from error
+            raise FoveateError(f"{self.path / 'run.json'} is damaged: give another --out.") from error
         if version != FORMAT:
             raise FoveateError(
                 f"{self.path} has format {version}, but this foveate ({__version__}) writes format {FORMAT}: "
@@ -141,7 +144,7 @@ class RunFolder:
         return [self._records[cell.id] for cell in self.cells if cell.id in self._records]
 
     def unused(self) -> int:
-        """How many finished cells lie in the folder that are no part of the grid: other versions, weights or texts."""
+        """How many cells in the folder are no part of the grid: those of other versions, weights or texts."""
         return len({path.stem for path in self.path.glob("cells/*.json")} - {cell.id for cell in self.cells})
 
     def put(self, cell: Cell, result: Mapping[str, Any]) -> None:
@@ -155,7 +158,7 @@ class RunFolder:
         try:
             record = json.loads((self.path / "cells" / f"{cell.id}.json").read_text(encoding="utf-8"))
             return record if record["id"] == cell.id and record["status"] in ("ok", "failed") else None
-        except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or something else altogether
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or cut short
             return None
 
     def _write_results(self) -> None:
@@ -174,7 +177,7 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> FoveateError:
         return FoveateError(
-            f"the run folder {self.path} can't be written: {error.strerror}. Put that right, or give another --out."
+            f"the run folder {self.path} can't be written ({error.strerror}): free it, or give another --out."
         )
 
 

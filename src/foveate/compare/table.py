@@ -18,7 +18,7 @@ COSTS = {"cache_fraction": "cache", "decode_speedup": "decoding", "prefill_speed
 def table(cells: Iterable[Mapping[str, Any]]) -> Table:
     """The table of finished cells, for `rich.print`.
 
-    A perplexity is followed by its change against `full`; a change that lies inside its interval is in brackets.
+    A perplexity is followed by its change against `full`, in brackets where it lies inside its interval.
 
     Example:
         >>> import rich
@@ -64,9 +64,9 @@ def _quality(row: Row, metric: str, task: str) -> str:
         return f"{figure.value:.0%}"
     change = row.changes.get(task, {}).get(metric)
     if metric != "perplexity" or change is None or row.recipe == "full":
-        return f"{figure.value:.3g}"
+        return f"{figure.value:.4g}"
     percent = f"{change.value - 1:+.1%}" if change.value < 10 else f"x{change.value:.3g}"
-    return f"{figure.value:.3g} {percent if change.real else f'({percent})'}"
+    return f"{figure.value:.4g} {percent if change.real else f'({percent})'}"
 
 
 def _cost(row: Row, metric: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import multiprocessing
@@ -32,7 +33,7 @@ from foveate.tasks import TASKS, Bench
 from foveate.tasks.base import Progress
 
 Result = dict[str, Any]
-"""What running a cell gave: `status`, `seconds`, `metrics`, `artifacts`, and, where it failed, `reason` and maybe
+"""What running a cell gave: `status`, `seconds`, `metrics`, `artifacts`; where it failed, `reason`, maybe
 `traceback`."""
 
 PROGRESS_SECONDS = 0.2
@@ -47,7 +48,7 @@ class Watcher(Protocol):
     def finished(self, cell: Cell, result: Result) -> None: ...
 
 
-# ---- one cell -----------------------------------------------------------------------------------------------------
+# ---- one cell ------------------------------------------------------------------------------------------
 
 
 def run_cell(bench: Bench, cell: Cell, progress: Progress) -> Result:
@@ -106,7 +107,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ---- one model ----------------------------------------------------------------------------------------------------
+# ---- one model -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ class Source:
     def open(self) -> Bench:
         if self.versions is not None and versions() != self.versions:
             raise FoveateError(
-                f"the run was started with {self.versions}, but this process has {versions()}: install the same."
+                f"the run was started with {self.versions}, but here is {versions()}: install the same."
             )
         model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)
         if self.weights is not None and weights_digest(model) != self.weights:
             raise FoveateError(
-                f"{self.model} is another model here than where the run was started: give all machines the same files."
+                f"{self.model} is another model here than where the run started: give all machines the same."
             )
         return Bench(model, tokenizer, self.text)
 
@@ -172,10 +173,10 @@ def in_this_process(cells: Sequence[Cell], seat: Seat, watcher: Watcher) -> None
     """Run cells one after the other."""
     for cell in cells:
         watcher.started(cell)
-        watcher.finished(cell, seat.run(cell, lambda fraction, cell=cell: watcher.progressed(cell, fraction)))
+        watcher.finished(cell, seat.run(cell, functools.partial(watcher.progressed, cell)))
 
 
-# ---- child processes ------------------------------------------------------------------------------------------------
+# ---- child processes -----------------------------------------------------------------------------------
 
 
 @dataclass

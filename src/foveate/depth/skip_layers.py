@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
+from foveate.claims import Claim, Finding, Streams, claim
 from foveate.depth.base import DepthPlan
 from foveate.errors import FoveateError
-from foveate.methods import Paper, check_fraction, method
+from foveate.methods import Paper, Recipe, check_fraction, method
 from foveate.models.anatomy import Anatomy
+from foveate.tasks.base import Bench
+from foveate.tasks.perplexity import Perplexity
+from foveate.tasks.speed import Speed
 
 
 def spread(layers: int, skipped: int) -> list[int]:
@@ -59,3 +64,44 @@ class SkipLayers(DepthPlan):
             )
         out = set(spread(layers, skipped))
         return [i for i in range(layers) if i not in out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SkipBlock(SkipLayers):
+    """The alternatives, for the claim: as many neighbouring layers, from the middle or from the top on."""
+
+    where: str
+
+    def plan(self, parts: Anatomy) -> list[int]:
+        layers, run = len(parts.layers), len(super().plan(parts))
+        first = {"middle": run // 2, "top": run - 1, "exit": run}[self.where]
+        return [*range(first), *range(first + layers - run, layers)]
+
+
+@claim("skip-layers")
+class SpreadOutHurtsLess(Claim):
+    statement: ClassVar[str] = (
+        "skipping evenly spaced layers keeps more quality than skipping neighbours or exiting early, and gives the "
+        "speed-up that was aimed at (section 3; the paper fine-tunes for the skipping, this experiment does not)"
+    )
+    setting: ClassVar[str] = (
+        "keep=0.9 and 0.8; 2,048 tokens of evaluation text; against as many neighbouring layers from the "
+        "middle, before the last layer, and at the end; prefill of 512 tokens timed in alternation with the whole model"
+    )
+
+    def run(self, bench: Bench) -> Finding:
+        streams = Streams(bench, Perplexity(tokens=2048, chunk=128), of=11)
+        full = streams.read("full")
+        metrics = {"perplexity, whole model": full.perplexity}
+        checks = {}
+        for keep in (0.9, 0.8):
+            spread_out = streams.read(SkipLayers(keep=keep)).over(full)
+            metrics[f"over whole, keep={keep}: evenly spaced"] = spread_out
+            for where, words in (("middle", "from the middle"), ("top", "before the last"), ("exit", "at the end")):
+                block = streams.read(_SkipBlock(keep=keep, where=where)).over(full)
+                metrics[f"over whole, keep={keep}: neighbours {words}"] = block
+                checks[f"keep={keep}: better than neighbours {words}"] = spread_out.high < block.low
+        speed = Speed(prompt=512, tokens=8, repeats=7).measure(bench, Recipe.of("skip-layers:keep=0.8"))
+        metrics["prefill speed-up, keep=0.8"] = speed.metrics["prefill_speedup"]
+        checks["at least 0.85 of the speed-up aimed at (1.25)"] = speed.metrics["prefill_speedup"].value > 0.85 * 1.25
+        return Finding(metrics, checks)

@@ -68,7 +68,7 @@ def replaced_cache(
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if args:  # only the token ids are ever positional
             kwargs = {**kwargs, "input_ids": args[0]}
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
         if cache is None and (model.config.use_cache if use_cache is None else use_cache):
             cache = make()
@@ -104,7 +104,7 @@ class PartialCache(DynamicCache):
     """
 
     def _stand_in(self, layer_idx: int) -> int:
-        layers = self.layers
+        layers: list[Any] = self.layers
         if layer_idx < len(layers) and not layers[layer_idx].is_initialized:
             sort = getattr(layers[layer_idx], "is_sliding", False)
             filled = [i for i, layer in enumerate(layers) if layer.is_initialized]

@@ -95,9 +95,7 @@ register_family(
         ),
     )
 )
-register_family(
-    Family(model_types=("olmo2",), norms=("post_attention_layernorm", "post_feedforward_layernorm"))
-)
+register_family(Family(model_types=("olmo2",), norms=("post_attention_layernorm", "post_feedforward_layernorm")))
 register_family(
     Family(
         model_types=("phi3",),

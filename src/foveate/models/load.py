@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import platformdirs
@@ -36,7 +37,7 @@ _loaded: WeakKeyDictionary[PreTrainedModel, tuple[str, PreTrainedTokenizerBase]]
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model lies: its name in reports, a folder or Hub id, and the GGUF file in it where it is one."""
+    """Where a model lies: its name in reports, a folder or Hub id, and the GGUF file in it, if any."""
 
     name: str
     at: str
@@ -195,9 +196,10 @@ def _default_source() -> _Source:
 
 
 def _hub_source(name: str) -> _Source:
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return _Source(name, name, on_hub=True)
-    try:  # one request that fails at once: from_pretrained would retry for most of a minute
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return _Source(name, name, on_hub=True)
+        # One request that fails at once: from_pretrained would retry for most of a minute.
         files = [file.rfilename for file in HfApi().model_info(name, timeout=15).siblings or []]
     except Exception as error:  # no network, no such repository, no right to read it: each has its own type
         near = get_close_matches(name.lower(), [DEFAULT_MODEL], cutoff=0.7)
@@ -217,7 +219,7 @@ def _gguf_among(files: list[str], where: str) -> str | None:
     if len(ggufs) == 1:
         return ggufs[0]
     if ggufs:
-        raise FoveateError(f"{where} holds {len(ggufs)} GGUF files: give the path of one, such as {ggufs[0]}.")
+        raise FoveateError(f"{where} holds {len(ggufs)} GGUF files: give one of them, such as {ggufs[0]}.")
     if "config.json" not in files:
         raise FoveateError(f"{where} holds no model: it has neither a config.json nor a GGUF file.")
     if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
@@ -239,7 +241,8 @@ def _converted(gguf: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="partial-", dir=folder.parent) as partial:
-            model, tokenizer = _read(_Source(DEFAULT_MODEL, str(gguf.parent), gguf.name), torch.float32, False)
+            source = _Source(DEFAULT_MODEL, str(gguf.parent), gguf.name)
+            model, tokenizer = _read(source, torch.float32, trust_remote_code=False)
             whole = Path(partial) / DEFAULT_MODEL
             with _quiet():
                 model.save_pretrained(whole)
@@ -265,7 +268,7 @@ def _read(
     try:
         with _quiet(bars=source.on_hub):
             # Mismatches are ignored here only because _check_complete reports them, missing ones too.
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.at,
                 dtype=dtype,
                 use_safetensors=None if source.gguf else True,
@@ -283,14 +286,17 @@ def _read(
             f"{place} {state} ({_reason(error)}): give a causal language model in whole files, of an "
             f"architecture that transformers {transformers.__version__} knows."
         ) from error
+    model, info = loaded
     _check_complete(place, info)
     try:
         with _quiet(bars=source.on_hub):
             tokenizer = AutoTokenizer.from_pretrained(source.at, **common)
     except Exception as error:
+        remedy = (
+            "give a GGUF file that has one" if source.gguf else "put its tokenizer.json beside the weights"
+        )
         raise FoveateError(
-            f"{place} has no tokenizer that can be read ({_reason(error)}): put the tokenizer's files "
-            "(tokenizer.json, tokenizer_config.json) beside the weights."
+            f"{place} has no tokenizer that can be read ({_reason(error)}): {remedy}."
         ) from error
     if source.gguf:
         _mend_gguf(model, tokenizer)
@@ -302,8 +308,8 @@ def _check_complete(place: str, info: dict) -> None:
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
         raise FoveateError(
-            f"{place} lacks {len(wrong)} of the weights that its config.json asks for, or has them in another "
-            f"shape ({wrong[0]} is the first): give the config.json that belongs to these weights."
+            f"{place} lacks {len(wrong)} of the weights that its config.json asks for, or has them in "
+            f"another shape ({wrong[0]} is the first): give the config.json that belongs to these weights."
         )
 
 
@@ -337,7 +343,7 @@ def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted not in DTYPES.values():
+    if wanted is None or wanted not in DTYPES.values():
         raise FoveateError(f"dtype {dtype} is not one a model runs in: give auto, {', '.join(DTYPES)}.")
     return wanted
 
@@ -360,7 +366,7 @@ def _quiet(bars: bool = False) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The first line of an error's message, short enough to stand inside a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".:")
+    return lines[0][:200].rstrip(".: ")
 
 
 def _say(line: str) -> None:

@@ -7,13 +7,13 @@ import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.data.text import Text
+from foveate.data.text import Text, tokens
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
 from foveate.methods import Recipe, Registry, Spec, apply
@@ -101,16 +101,50 @@ def load_tasks() -> None:
 TASKS: Registry[Task] = Registry("task", load_tasks)
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def task(name: str) -> Callable[[C], C]:
     """Class decorator: register a task under its short name, as a frozen keyword-only dataclass."""
     return TASKS.register(name)
 
 
+STEP = 24
+"""About how many tokens of a long forward take as long as one forward of a single token: for `Task.cost`."""
+
+
+def passages(bench: Bench, count: int, length: int) -> list[Tensor]:
+    """`count` passages of the evaluation text, LongTensor (1, length) each, spread evenly over it.
+
+    They overlap where the text is short; of a very long text, only the start is read.
+    """
+    text = bench.text.evaluation[: 64 * count * length]
+    tokens(text, bench.tokenizer, length)  # or it says that the text is too short
+    ids = tokens(text, bench.tokenizer).to(bench.model.device)
+    room = ids.shape[1] - length
+    starts = [room * i // max(1, count - 1) for i in range(count)]
+    return [ids[:, start : start + length] for start in starts]
+
+
 @torch.no_grad()
-def read(model: PreTrainedModel, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """One forward of token ids (batch, n) onto a cache: logits (batch, n, vocab) in float32, and the cache."""
-    out = model(ids, past_key_values=cache, use_cache=True)
+def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, *, last: int = 0) -> tuple[Tensor, Any]:
+    """One forward of token ids (batch, n) onto a cache: logits (batch, n, vocab) in float32, and the cache.
+
+    With `last`, only the logits of the last so many tokens are made, which saves memory on long prompts.
+    """
+    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
     return out.logits.float(), out.past_key_values
+
+
+def decode(model: PreTrainedModel, ids: Tensor, cache: Any, count: int) -> tuple[Tensor, Any]:
+    """Read ids (batch, n) onto a cache and answer greedily: LongTensor (batch, count), and the cache.
+
+    The cache has then seen all of it but the last token.
+    """
+    answer = []
+    for _ in range(count):
+        logits, cache = read(model, ids, cache, last=1)
+        ids = logits.argmax(-1)
+        answer.append(ids)
+    return torch.cat(answer, dim=1), cache
 
 
 @torch.no_grad()
