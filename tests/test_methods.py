@@ -73,7 +73,9 @@ def test_errors_are_sentences(what, says):
         Recipe.of(what)
 
 
-@pytest.mark.parametrize("text", ["h2o", "- [1]", "- h2o: 3", "- {a: {}, b: {}}", "[", "- !!python/object:os.system {}", ""])
+@pytest.mark.parametrize(
+    "text", ["h2o", "- [1]", "- h2o: 3", "- {a: {}, b: {}}", "[", "- !!python/object:os.system {}", ""]
+)
 def test_bad_yaml_gets_a_sentence(text):
     with pytest.raises(FoveateError):
         Recipe.from_yaml(text)

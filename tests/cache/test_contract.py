@@ -12,7 +12,11 @@ from foveate.cache import CachePolicy, PolicyCache
 from foveate.methods import METHODS, apply
 from foveate.models.tiny import TINY_FAMILIES, tiny
 
-POLICIES = sorted(name for name, cls in METHODS.all().items() if issubclass(cls, CachePolicy) and cls.__module__.startswith("foveate."))
+POLICIES = sorted(
+    name
+    for name, cls in METHODS.all().items()
+    if issubclass(cls, CachePolicy) and cls.__module__.startswith("foveate.")
+)
 PROMPT = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -70,7 +74,9 @@ def test_budget_is_never_exceeded(model, policy, budget, most):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("how", [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 3}], ids=["greedy", "sample", "beam"])
+@pytest.mark.parametrize(
+    "how", [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 3}], ids=["greedy", "sample", "beam"]
+)
 def test_generate_works_as_it_is(model, policy, how):
     def generate(ids, mask):
         torch.manual_seed(0)
@@ -109,7 +115,9 @@ def test_bfloat16(model, policy):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_left_behind(model, policy):
     def trace(m):
-        hooks = [(n, len(x._forward_hooks), len(x._forward_pre_hooks), "forward" in vars(x)) for n, x in m.named_modules()]
+        hooks = [
+            (n, len(x._forward_hooks), len(x._forward_pre_hooks), "forward" in vars(x)) for n, x in m.named_modules()
+        ]
         return hooks, m.config.to_dict(), m.config._attn_implementation, sorted(m.state_dict())
 
     before, logits = trace(model), model(PROMPT).logits

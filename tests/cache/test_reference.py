@@ -72,7 +72,9 @@ def logits_in(pieces, cache=None):
     return torch.cat(out, 1), cache
 
 
-@pytest.mark.parametrize("text", ["window:entries=9", "streaming:entries=9", "h2o:entries=9", "h2o:entries=10,sinks=2,recent=0.3"])
+@pytest.mark.parametrize(
+    "text", ["window:entries=9", "streaming:entries=9", "h2o:entries=9", "h2o:entries=10,sinks=2,recent=0.3"]
+)
 @settings(max_examples=6, deadline=None)
 @given(pieces=st.lists(st.integers(1, 9), min_size=2, max_size=7))
 def test_same_logits_and_same_entries_as_the_reference(text, pieces):

@@ -36,15 +36,11 @@ class Mischief(Method):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if self.how == "sentence":
             raise FoveateError("this can't be done: do that.")
-        if self.how == "interrupt" and not Path(self.file).exists():
+        if self.how in ("SIGINT", "SIGTERM") and not Path(self.file).exists():  # once
             Path(self.file).touch()
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.Signals[self.how])
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if self.how == "exit":
-            os._exit(3)
         if self.how == "wait":  # until the file is there
             Path(self.file + f".{os.getpid()}").touch()
             while not Path(self.file).exists():

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from foveate.compare.charts import COLOURS, NEUTRAL, looks
+from foveate.compare.frontier import Figure
 from foveate.compare.report import read_cells, write_report
+from foveate.compare.words import texts
 from foveate.errors import FoveateError
 
 HOSTILE = (
@@ -46,7 +48,7 @@ PROSE = (
 
 
 def made_up_cells(hostile: str = "") -> list[dict[str, Any]]:
-    """A run as `foveate compare` leaves it: seven recipes, five tasks, one failed cell, `hostile` everywhere."""
+    """A run as `foveate compare` leaves it: seven recipes, five tasks, a failed cell, `hostile` everywhere."""
     dice = random.Random(0)
     setting = {
         "dtype": "float32",
@@ -253,6 +255,24 @@ def test_a_page_that_cannot_be_written_is_not_begun(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="can't be written"):
         write_report(made_up_cells(), tmp_path / "folder.html")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder.html"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("perplexity", 12.3141, "12.31"),
+        ("perplexity", 1234.5, "1,234"),
+        ("perplexity", 1.014e304, "1.014e+304"),  # as high as a broken recipe's goes
+        ("passkey", 0.0, "0%"),
+        ("cache_fraction", 0.0625, "6.2%"),
+        ("cache_fraction", 0.25, "25%"),
+        ("decode_speedup", 1.406, "1.41x"),
+        ("cache_bytes", 12_345, "0.0118 MiB"),
+        ("acc,none", 0.123456, "0.123"),
+    ],
+)
+def test_figures_are_in_peoples_units(metric: str, value: float, text: str) -> None:
+    assert texts(metric, Figure(value)) == (text, "")
 
 
 def test_marks_can_be_seen_on_either_page() -> None:

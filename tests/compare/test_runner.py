@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -14,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import foveate.compare.runner as runner
-from foveate.compare import Interrupted, compare
+from foveate.compare import Interrupted, compare, runner, workers
 from foveate.compare.grid import Cell
 from foveate.compare.progress import Estimate
 from foveate.errors import FoveateError
@@ -112,8 +112,9 @@ def test_what_a_bug_left_of_the_model_harms_no_other_cell(folder, plugin):
     assert bad["status"] == "failed" and after["metrics"] == alone
 
 
-def test_ctrl_c_keeps_what_is_finished_and_the_same_run_goes_on(model, tmp_path, plugin, no_page):
-    recipes = ["full", f"mischief:how=interrupt,file={tmp_path / 'once'}", "window:entries=16"]
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_keeps_what_is_finished_and_goes_on(model, tmp_path, plugin, no_page, how):
+    recipes = ["full", f"mischief:how={how},file={tmp_path / 'once'}", "window:entries=16"]
     with pytest.raises(Interrupted, match="stopped with 1 of 3 cells finished") as stopped:
         here(model, recipes, out=tmp_path / "run")
     assert (stopped.value.finished, stopped.value.cells) == (1, 3)
@@ -147,15 +148,25 @@ def test_bad_input_starts_nothing(model, tmp_path, no_page):
 # ---- child processes ---------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_costs_one_cell(folder, plugin, tmp_path):
-    deaths = [f"mischief:how={how}" for how in ("kill", "crash", "exit", "raise")]
-    done = compare(folder, [*deaths, "full"], [TASK], out=tmp_path / "run", workers=2, show=False)
-    reasons = [cell.get("reason", "") for cell in done.cells]
-    assert [cell["status"] for cell in done.cells] == ["failed"] * 4 + ["ok"]
-    assert "SIGKILL" in reasons[0] and "memory" in reasons[0]
-    assert "SIGSEGV" in reasons[1] and "exit code 3" in reasons[2] and "TypeError" in reasons[3]
+def test_a_worker_that_dies_costs_one_cell(folder, plugin, tmp_path, no_page):
+    recipes = ["mischief:how=kill", "mischief:how=raise", "full"]
+    done = compare(folder, recipes, [TASK], out=tmp_path / "run", workers=2, show=False)
+    assert [cell["status"] for cell in done.cells] == ["failed", "failed", "ok"]
+    assert "SIGKILL" in done.cells[0]["reason"] and "memory" in done.cells[0]["reason"]
+    assert "TypeError" in done.cells[1]["reason"]
     here = compare(folder, ["full"], [TASK], show=False)
-    assert done.cells[4]["metrics"] == here.cells[0]["metrics"]
+    assert done.cells[2]["metrics"] == here.cells[0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"), [(os._exit, 3, "exit code 3"), (signal.raise_signal, signal.SIGSEGV, "SIGSEGV")]
+)
+def test_how_a_worker_died_is_said(end, code, said):
+    process = multiprocessing.get_context("spawn").Process(target=end, args=(code,))
+    process.start()
+    pipe, _ = multiprocessing.Pipe()
+    result = workers._died(workers._Child(process, pipe, Cell("tiny", "full", TASK, {}), time.perf_counter()))
+    assert said in result["reason"] and "without workers" in result["reason"]
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -196,7 +207,7 @@ def gone(pid: int) -> bool:
 
 def test_a_command_goes_on_after_ctrl_c_and_after_kill_9(folder, plugin, tmp_path):
     out, file = tmp_path / "run", tmp_path / "go"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL):
         process = start(folder, out, file)
         wait_for(file, process)
         process.send_signal(number)
@@ -216,7 +227,7 @@ def test_a_command_goes_on_after_ctrl_c_and_after_kill_9(folder, plugin, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_workers_leave_with_their_parent(folder, plugin, tmp_path, number):
-    process = start(folder, tmp_path / "run", tmp_path / "go", "--workers", "2")
+    process = start(folder, tmp_path / "run", tmp_path / "go", "--workers", "1")
     child = wait_for(tmp_path / "go", process)
     assert child != process.pid
     if number == signal.SIGINT:

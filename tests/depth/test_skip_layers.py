@@ -29,7 +29,9 @@ def test_skipped_layers_do_not_run_and_pieces_give_the_same_as_the_whole(family)
     model = tiny(family, num_hidden_layers=4)
     ran = []
     parts = fv.anatomy(model)
-    hooks = [layer.mlp.register_forward_hook(lambda *_, i=layer.index: ran.append(i)) for layer in parts.layers if layer.mlp]
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, i=layer.index: ran.append(i)) for layer in parts.layers if layer.mlp
+    ]
     full = model(IDS).logits
     with apply(model, "skip-layers:keep=0.75"):
         ran.clear()
@@ -74,6 +76,9 @@ def test_bad_fractions_get_a_sentence(recipe, says):
 
 def test_skipping_twice_gets_a_sentence():
     model = tiny("llama", num_hidden_layers=4)
-    with pytest.raises(FoveateError, match="replaced already"), apply(model, "skip-layers:keep=0.75+skip-layers:keep=0.75"):
+    with (
+        pytest.raises(FoveateError, match="replaced already"),
+        apply(model, "skip-layers:keep=0.75+skip-layers:keep=0.75"),
+    ):
         pass
     assert all("forward" not in vars(layer) for layer in model.model.layers)

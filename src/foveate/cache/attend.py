@@ -10,9 +10,7 @@ BLOCK = 1 << 24
 """Attention weights held at a time when their column sums are wanted (64 MiB in float32)."""
 
 
-def visible(
-    query_positions: Tensor, key_positions: Tensor, valid: Tensor | None, sliding_window: int | None
-) -> Tensor:
+def visible(query_positions: Tensor, key_positions: Tensor, valid: Tensor | None, sliding_window: int | None) -> Tensor:
     """Which entries each query may attend to: bool (batch, kv_head, query, entry).
 
     Args:
@@ -30,7 +28,14 @@ def visible(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scaling: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
 ) -> Tensor:
     """Grouped-query attention, out = softmax(q k^T * scaling) v, of (batch, head, query, head_dim).
 

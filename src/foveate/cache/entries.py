@@ -38,16 +38,20 @@ class CacheView:
     seen: Tensor
 
 
+_BEYOND = 1 << 40
+
+
 @dataclass
 class Step:
     """One forward.
 
     Attributes:
         new: tokens a sequence, padding included.
-        start, end: (batch,), int64: real tokens of each sequence before and after.
+        start, end: (batch, 1, 1), int64: real tokens of each sequence before and after.
         positions: (batch, new), int64: the tokens' positions in the text.
         valid: (batch, new), bool: False for padding; None = no padding.
         capacity: entries that a KV head of each sequence may hold after; None = without limit.
+        limits: the same, (batch, 1, 1), int64, on the device; without limit = a number beyond any length.
     """
 
     new: int
@@ -56,6 +60,7 @@ class Step:
     positions: Tensor
     valid: Tensor | None
     capacity: list[int | None]
+    limits: Tensor
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -93,7 +98,7 @@ class PolicyLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         self.dense = self.dense and step.valid is None
         new = step.positions if step.valid is None else step.positions.masked_fill(~step.valid, -1)
-        new = new[:, None].expand(*key_states.shape[:3]).int()
+        new = new[:, None].expand(*key_states.shape[:3]).to(key_states.device, torch.int32)
         self.keys = torch.cat([self.keys, key_states], dim=2)
         self.values = torch.cat([self.values, value_states], dim=2)
         self.positions = torch.cat([self.positions, new], dim=2)
@@ -109,7 +114,7 @@ class PolicyLayer(CacheLayerMixin):
         live = self.positions >= 0
         rank = live.cumsum(-1) - 1
         before = live[..., : -step.new].sum(-1, keepdim=True)
-        shift = step.start.view(-1, 1, 1) - before + rank - self.positions
+        shift = step.start.to(live.device) - before + rank - self.positions
         return rotate(self.keys, shift.masked_fill(~live, 0), inv_freq)
 
     def evict(self, step: Step, sliding_window: int | None) -> None:
@@ -121,11 +126,9 @@ class PolicyLayer(CacheLayerMixin):
         least = min(slots if limit is None else limit for limit in capacity)
         if slots <= min(least, most):
             return
-        seen, policy = step.end.view(-1, 1, 1), self.policy
-        limits = torch.tensor([slots if c is None else c for c in capacity], device=seen.device).view(-1, 1, 1)
-        score = policy.score(
-            CacheView(self.index, self.keys, self.values, self.positions, self.received, seen)
-        ).float()
+        policy = self.policy
+        seen, limits = step.end.to(self.positions.device), step.limits.to(self.positions.device)
+        score = policy.score(CacheView(self.index, self.keys, self.values, self.positions, self.received, seen)).float()
         recent = torch.minimum((limits * policy.recent).long(), limits - policy.sinks).clamp(min=1)
         score = score.masked_fill(self.positions >= seen - recent, torch.finfo(torch.float32).max)
         score = score.masked_fill(self.positions < policy.sinks, torch.inf)
@@ -204,13 +207,15 @@ class PolicyCache(Cache):
         if new > 1 or self.prompt is None:
             self.prompt = end
         capacity = [self.policy.capacity(int(n), self.context) for n in self.prompt]
-        positions = start.to(device)[:, None] + order
-        self.step = Step(new, start.to(device), end.to(device), positions, valid, capacity)
+        limits = torch.tensor([_BEYOND if c is None else c for c in capacity]).view(-1, 1, 1).to(device)
+        before, after = start.view(-1, 1, 1).to(device), end.view(-1, 1, 1).to(device)
+        self.after = end
+        self.step = Step(new, before, after, before[:, 0] + order, valid, capacity, limits)
 
     def finish(self) -> None:
         """The forward is through."""
         if self.step is not None:
-            self.counts, self.seen, self.step = self.step.end.cpu(), self.seen + self.step.new, None
+            self.counts, self.seen, self.step = self.after, self.seen + self.step.new, None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -79,12 +79,11 @@ class Session:
         ids: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         batch, new = ids.shape[:2]
         mask = inputs.get("attention_mask")
+        valid: Tensor | None = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            valid = mask[:, -new:].bool()
-            valid = None if bool(valid.all()) else valid
-        elif mask is None:
-            valid = None
-        else:
+            real = mask[:, -new:].bool()
+            valid = None if bool(real.all()) else real
+        elif mask is not None:
             raise FoveateError(
                 "an attention mask of more than (batch, tokens) was passed, but a cache policy makes its own masks: "
                 "pass which tokens are real, as (batch, tokens), or no mask."
@@ -109,6 +108,7 @@ class Session:
     ) -> Tensor:
         step = self.book.step
         assert step is not None  # begin ran
+        valid = None if step.valid is None else step.valid.to(query.device)
         index, new, slots = self.index[module], query.shape[2], key.shape[2]
         layer = None if self.cache is None else self.cache.layers[index]
         inv_freq = self.inv_freq[index]
@@ -116,23 +116,23 @@ class Session:
             key = layer.moved_keys(step, inv_freq)
         wanted = layer is not None and layer.received is not None and any(c is not None for c in step.capacity)
 
-        dense = step.valid is None if layer is None else layer.dense
+        dense = valid is None if layer is None else layer.dense
         beyond = sliding_window is not None and self.book.seen + new > sliding_window
         causal, mask = False, None
         if not dense or beyond:
+            at = step.positions.to(query.device)
             if layer is None:
-                real = step.positions if step.valid is None else step.positions.masked_fill(~step.valid, -1)
-                positions = real[:, None]
+                positions = (at if valid is None else at.masked_fill(~valid, -1))[:, None]
             else:
                 positions = layer.positions
-            mask = visible(step.positions, positions, step.valid, sliding_window if beyond else None)
+            mask = visible(at, positions, valid, sliding_window if beyond else None)
         elif new == slots and not wanted:
             causal = True
         elif new > 1:
             mask = torch.ones(1, 1, new, slots, dtype=torch.bool, device=query.device).tril(slots - new)
 
         if layer is not None and wanted:
-            out, received = attend_and_receive(query, key, value, mask, step.valid, scaling=scaling, softcap=softcap)
+            out, received = attend_and_receive(query, key, value, mask, valid, scaling=scaling, softcap=softcap)
             layer.received += received
         else:
             out = attend(query, key, value, mask, causal=causal, scaling=scaling, softcap=softcap)

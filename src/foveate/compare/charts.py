@@ -69,7 +69,7 @@ def frontier_chart(
         points = [_on_edge(point, edge) if point in above else point for point in points]
 
     better = "higher" if percent[1] else "lower"
-    heights = [point[end] for point in points for end in ("y_low", "y_high")] + [0, 1] * percent[1]
+    heights = [0, 1] if percent[1] else [point[end] for point in points for end in ("y_low", "y_high")]
     y_axis = alt.Y("y:Q", **_axis(heights, f"{y} ({better} is better)", percent[1]))
     x_axis = alt.X("x:Q", **_axis([point["x"] for point in points], x, percent[0]))
     said = [
@@ -130,8 +130,9 @@ def curve_chart(
     layers = [
         lines.mark_line(strokeWidth=2, aria=False),
         lines.encode(shape=_shape(look), tooltip=said).mark_point(filled=True, size=26, opacity=1),
-        _names(apart, x_axis, y_axis),
     ]
+    if apart:
+        layers.append(_names(apart, x_axis, y_axis))
     return _finish(layers, title)
 
 
@@ -141,19 +142,18 @@ def _chart(points: Sequence[Mapping[str, Any]]) -> alt.Chart:
 
 def _axis(values: Sequence[float], title: str, percent: bool = False) -> dict[str, Any]:
     """Title, ticks and scale of an axis: logarithmic where the values span more than a factor of 6."""
-    low, high, form = min(values), max(values), "~%" if percent else "~g"
+    low, high = min(values), max(values)
+    form = "~%" if percent else ",~r" if high < 1e6 else "~g"
     if low <= 0 or high <= 6 * low:
-        return {
-            "title": title,
-            "axis": alt.Axis(format=form, tickCount=5),
-            "scale": alt.Scale(zero=False, padding=18),
-        }
-    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(tens) < 5 else (1,)
-    ticks = [digit * 10.0**ten for ten in tens[:: math.ceil(len(tens) / 8)] for digit in digits]
-    ticks = [tick for tick in ticks if low / 1.5 < tick < high * 1.5]
-    scale = alt.Scale(type="log", nice=False, padding=18)
-    return {"title": title, "axis": alt.Axis(format=form, values=ticks), "scale": scale}
+        axis = alt.Axis(format=form, tickCount=5)
+        scale = alt.Scale(domainMin=low, domainMax=high, nice=not percent, zero=False, padding=18)
+    else:
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        digits = (1, 2, 5) if len(tens) < 5 else (1,)
+        ticks = [digit * 10.0**ten for ten in tens[:: math.ceil(len(tens) / 8)] for digit in digits]
+        axis = alt.Axis(format=form, values=[tick for tick in ticks if low / 1.5 < tick < high * 1.5])
+        scale = alt.Scale(type="log", nice=False, padding=18)
+    return {"title": title, "axis": axis, "scale": scale}
 
 
 def _colour(look: Look) -> alt.Color:

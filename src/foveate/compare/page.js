@@ -5,6 +5,7 @@ const data = (id) => JSON.parse(document.getElementById(id).textContent);
 // The texts beside the marks: Vega moves them to where they cover nothing and drops those without room.
 function placeNames(spec) {
   const names = spec.marks.find((mark) => mark.type === "text");
+  if (!names) return spec;
   const others = spec.marks.filter((mark) => ["symbol", "rule"].includes(mark.type)).map((mark) => mark.name);
   names.transform = [{
     type: "label", size: [{signal: "max(width, 1)"}, {signal: "max(height, 1)"}], offset: [7], avoidMarks: others,

@@ -26,7 +26,11 @@ Cell = Mapping[str, Any]
 Column = tuple[str, str | None]
 """A metric, and the task that measured it; None where any task's measurement will do."""
 
-ONCE = {"cache_fraction", "cache_bytes", "parameters"}  # most tasks measure these: the table has the first one's
+ONCE = {
+    "cache_fraction",
+    "cache_bytes",
+    "parameters",
+}  # most tasks measure these: the table has the first one's
 COSTS = {
     "cache_fraction": ("cache", "share of the full cache held"),
     "decode_speedup": ("speed", "decoding, times full"),
@@ -143,7 +147,12 @@ def _entry(row: Row, metric: str, task: str | None) -> dict[str, Any]:
     if figure is None:
         return {"sort": "", "text": "failed" if task in row.failures else "–", "failed": task in row.failures}
     value, interval = texts(metric, figure)
-    return {"sort": figure.value, "text": value, "interval": interval, "change": change_text(row, metric, task)}
+    return {
+        "sort": figure.value,
+        "text": value,
+        "interval": interval,
+        "change": change_text(row, metric, task),
+    }
 
 
 def _frontiers(rows: Mapping[str, Row], columns: Sequence[Column], look: Look) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ def change_text(row: Row, metric: str, task: str | None) -> str:
     """A quality against that of full; empty for full itself and for what is no quality.
 
     Example:
+        >>> from foveate.compare.frontier import Change
         >>> row = Row("tiny", "h2o", changes={"passkey": {"passkey": Change(-0.5, high=-0.5, real=True)}})
         >>> change_text(row, "passkey", "passkey")
         '−50 points'
@@ -82,9 +83,8 @@ def change_text(row: Row, metric: str, task: str | None) -> str:
     if not change.real:
         return "≈ full"
     if metric == "perplexity":
-        return (
-            f"{change.value:.3g}x full" if change.value >= 2 else _signed(100 * (change.value - 1), 1) + "%"
-        )
+        percent = _signed(100 * (change.value - 1), 1) + "%"
+        return percent if change.value < 2 else f"{change.value:.3g}x full"
     if metric in PERCENT:
         return _signed(100 * change.value, 0) + " points"
     return _signed(change.value, 2)

@@ -107,9 +107,8 @@ def _harness_model(bench: Bench) -> Any:
     limit = anatomy(model).max_positions
 
     def log_likelihood(context: list[int], continuation: list[int], start: Any) -> tuple[float, bool]:
-        """Log-likelihood in nats of a continuation, and whether greedy decoding gives it, on a cache that
-        holds
-        the context but its last token."""
+        """Log-likelihood in nats of a continuation, and whether greedy decoding gives it; `start` is a cache
+        that holds the context but its last token."""
         ids = torch.tensor([context[-1:] + continuation], device=model.device)
         cache, total, greedy = copy.deepcopy(start), 0.0, True
         pieces = zip(ids[:, :-1].split(CHUNK, dim=1), ids[:, 1:].split(CHUNK, dim=1), strict=True)
@@ -120,8 +119,6 @@ def _harness_model(bench: Bench) -> Any:
         return total, greedy
 
     class HarnessModel(TemplateLM):
-        tokenizer = bench.tokenizer
-        tokenizer_name = bench.tokenizer.name_or_path
         eot_token_id = bench.tokenizer.eos_token_id
 
         @property
