@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from foveate import verify as _  # noqa: F401  the public name resolves
 from foveate.claims import CLAIMS, Claim, Finding, Stream
 from foveate.data.text import Text
 from foveate.errors import FoveateError
@@ -32,7 +31,7 @@ class Half(Claim):
 
 def bench():
     words = "the cat sat on the mat and looked at the moon. " * 80
-    return Bench(tiny("llama"), tiny_tokenizer(), Text("t", words, words, "0" * 16))
+    return Bench(tiny("llama"), tiny_tokenizer(), Text("t", words, words))
 
 
 def test_every_resident_makes_a_claim():

@@ -4,6 +4,8 @@ The public names are imported when they are first used, so that `import foveate`
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from foveate.version import __version__
@@ -45,6 +47,17 @@ _HOMES = {
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_WHERE]
+
+
+class _Package(types.ModuleType):
+    """Lets a verb and the module it stands in share a name: `foveate.compare` is the function, whoever imported what."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -20,14 +20,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word (`w0` to `w9`), with a special token that it would put first if it were let."""
     from tokenizers.processors import TemplateProcessing
 
-    backend = Tokenizer(
-        models.WordLevel({f"w{i}": i for i in range(10)} | {"?": 10, "<s>": 11}, unk_token="?")
-    )
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(10)} | {"?": 10, "<s>": 11}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 11)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="?", bos_token="<s>", model_max_length=16
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", bos_token="<s>", model_max_length=16)
 
 
 def long_lines(part: str) -> set[str]:

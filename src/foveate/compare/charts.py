@@ -71,7 +71,8 @@ def frontier_chart(
     better = "higher" if percent[1] else "lower"
     heights = [0, 1] if percent[1] else [point[end] for point in points for end in ("y_low", "y_high")]
     y_axis = alt.Y("y:Q", **_axis(heights, f"{y} ({better} is better)", percent[1]))
-    x_axis = alt.X("x:Q", **_axis([point["x"] for point in points], x, percent[0]))
+    widths = [point[end] for point in points for end in ("x_low", "x_high")]
+    x_axis = alt.X("x:Q", **_axis(widths, x, percent[0]))
     said = [
         alt.Tooltip("recipe:N"),
         alt.Tooltip("quality:N", title=y),

@@ -65,8 +65,11 @@ def on_ray(ray: Any, cells: Sequence[Cell], source: Source, at_once: int, watche
                 try:
                     result = ray.get(done)
                 except ray.exceptions.RayError as error:
-                    said = " ".join(str(error).split())
-                    result = failed(FoveateError(f"Ray lost this cell {RETRIES + 1} times: {said}"), began)
+                    said = " ".join(str(getattr(error, "cause", error)).split())
+                    result = failed(
+                        FoveateError(f"Ray could not finish this cell, {RETRIES} retries included: {said}"),
+                        began,
+                    )
                 watcher.finished(cell, result)
     finally:
         for left in running:

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -125,7 +125,7 @@ class Source:
     device: str
     text: Text
     weights: str | None = None
-    versions: dict[str, str] | None = None
+    versions: dict[str, str] | None = field(default=None, hash=False)
 
     def open(self) -> Bench:
         if self.versions is not None and versions() != self.versions:

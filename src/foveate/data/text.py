@@ -178,9 +178,7 @@ def _file(name: str) -> Text:
     if not path.exists():
         near = get_close_matches(name, ["prose", "code"], n=1)
         hint = f"did you mean {near[0]}? Else " if near else ""
-        raise FoveateError(
-            f"there is no text {name}: {hint}give prose, code, the path of a text file, or hub:NAME."
-        )
+        raise FoveateError(f"there is no text {name}: {hint}give prose, code, the path of a text file, or hub:NAME.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -288,16 +288,14 @@ def _read(
         ) from error
     model, info = loaded
     _check_complete(place, info)
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # older transformers pick sdpa, which leaves the softcap out
     try:
         with _quiet(bars=source.on_hub):
             tokenizer = AutoTokenizer.from_pretrained(source.at, **common)
     except Exception as error:
-        remedy = (
-            "give a GGUF file that has one" if source.gguf else "put its tokenizer.json beside the weights"
-        )
-        raise FoveateError(
-            f"{place} has no tokenizer that can be read ({_reason(error)}): {remedy}."
-        ) from error
+        remedy = "give a GGUF file that has one" if source.gguf else "put its tokenizer.json beside the weights"
+        raise FoveateError(f"{place} has no tokenizer that can be read ({_reason(error)}): {remedy}.") from error
     if source.gguf:
         _mend_gguf(model, tokenizer)
     return model, tokenizer
