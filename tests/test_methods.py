@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import foveate as fv
 from foveate.errors import FoveateError
-from foveate.methods import METHODS, Method, Recipe, UnitScores, split_specs
+from foveate.methods import METHODS, Method, Recipe, UnitScores
+from foveate.specs import split_specs
 
 FRACTION = st.floats(0.01, 1.0).map(lambda x: round(x, 3))
 

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from foveate.claims import CLAIMS
 from foveate.errors import FoveateError
-from foveate.methods import METHODS, Method, Paper, nearest
+from foveate.methods import METHODS, Method, Paper
+from foveate.specs import nearest
 
 CLAIMS_FOLDER = Path("docs", "claims")
 """Where `foveate verify` writes by default."""

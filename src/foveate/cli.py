@@ -76,7 +76,7 @@ def compare(
 
     from foveate.compare import Interrupted, default_out
     from foveate.compare import compare as run
-    from foveate.methods import split_specs
+    from foveate.specs import split_specs
 
     chosen = [spec for each in recipes for spec in split_specs(each)] if recipes is not None else None
     asked = [spec for each in tasks for spec in split_specs(each)] if tasks is not None else None

@@ -18,8 +18,9 @@ import transformers
 from foveate.claims import CLAIMS, Claim
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
-from foveate.methods import METHODS, Method, nearest
+from foveate.methods import METHODS, Method
 from foveate.models.load import load
+from foveate.specs import nearest
 from foveate.tasks.base import Bench
 from foveate.version import __version__
 

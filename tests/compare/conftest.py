@@ -42,7 +42,7 @@ class Mischief(Method):
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "wait":  # until the file is there
-            Path(self.file + f".{os.getpid()}").touch()
+            Path(self.file + f".{time.time_ns()}.{os.getpid()}").touch()
             while not Path(self.file).exists():
                 time.sleep(0.02)
         weight = next(target.model.parameters())

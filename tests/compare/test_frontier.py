@@ -171,7 +171,7 @@ def test_advice_wants_it_within_tolerance_on_every_text() -> None:
         cell("a", "short", perplexity=10.0, cache_fraction=exact(0.5)),
         cell("a", "long", perplexity=20.0),
     ]
-    assert advice(cells).endswith("nearest is a at 50% of the cache: perplexity 100% higher.")
+    assert advice(cells).endswith("nearest is a at 50% of the cache: 2 times the perplexity of full.")
 
 
 def test_advice_refuses_a_recipe_that_loses_passkeys_beyond_its_interval() -> None:
@@ -210,5 +210,5 @@ def test_advice_speaks_of_each_model() -> None:
         for m in ("x", "y")
         for c in (FULL, cell("a", perplexity=12.0, cache_fraction=exact(0.5)))
     ]
-    sentence = "within 1% of the full model: a at 50% of the cache."
-    assert advice(cells) == f"for x, {sentence} for y, {sentence}"
+    sentence = "within 1% of the full model: a at 50% of the cache"
+    assert advice(cells) == f"for x, {sentence}; for y, {sentence}."

@@ -48,7 +48,7 @@ PROSE = (
 
 
 def made_up_cells(hostile: str = "") -> list[dict[str, Any]]:
-    """A run as `foveate compare` leaves it: seven recipes, five tasks, a failed cell, `hostile` everywhere."""
+    """A run as `foveate compare` leaves it: seven recipes, five tasks, a failed cell; `hostile` all over."""
     dice = random.Random(0)
     setting = {
         "dtype": "float32",
@@ -354,7 +354,7 @@ def test_a_recipe_that_breaks_is_on_a_logarithmic_axis_and_on_the_edge(
     open_page(browser, pages["plain"])
     charts = [e.text for e in browser.find_elements("css selector", "[data-chart]")]
     assert "window:keep=0.25 ↑ 684.0" in charts[0]
-    assert {"10", "100", "1000"} <= set(charts[4].split())
+    assert {"10", "100", "1,000"} <= set(charts[4].split())
 
 
 def test_hostile_texts_are_shown_and_not_run(browser: Any, pages: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.compare import Interrupted, compare, runner, workers
+from foveate.compare import Comparison, Interrupted, compare, runner, workers
 from foveate.compare.grid import Cell
 from foveate.compare.progress import Estimate
 from foveate.errors import FoveateError
@@ -43,7 +43,7 @@ def lines(out: Path) -> list[dict]:
 @pytest.fixture
 def no_page(monkeypatch):
     """The page takes seconds; it has its own tests."""
-    monkeypatch.setattr("foveate.compare.Comparison.report", lambda self, path: Path(path).touch())
+    monkeypatch.setattr(Comparison, "report", lambda self, path: Path(path).touch())
 
 
 def test_a_live_model_is_compared_and_left_as_it_was(model, tmp_path):
@@ -185,7 +185,7 @@ def start(folder, out, file, *more) -> subprocess.Popen:
 
 
 def wait_for(pattern: Path, process: subprocess.Popen) -> int:
-    """Wait until a process has left the file PATTERN.pid, and give that pid."""
+    """Wait until a process has left the file PATTERN.time.pid, and give that pid."""
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         for path in pattern.parent.glob(f"{pattern.name}.*"):

@@ -9,7 +9,7 @@ import torch
 
 from foveate.errors import FoveateError
 from foveate.methods import Recipe, apply
-from foveate.tasks import TASKS
+from foveate.tasks import TASKS, lm_eval
 from foveate.tasks.lm_eval import LmEval, _harness_model
 
 DOCUMENTS = [
@@ -84,7 +84,9 @@ def test_without_the_package_it_says_what_to_install(bench, monkeypatch):
 
 
 @needs_harness
-def test_unknown_tasks_and_files_are_told_before_anything_runs(bench, tmp_path):
+def test_unknown_tasks_and_files_are_told_before_anything_runs(bench, tmp_path, monkeypatch):
+    known = types.SimpleNamespace(all_tasks=["hellaswag", "piqa"])
+    monkeypatch.setattr(lm_eval, "_index", lambda folder: known)
     with pytest.raises(FoveateError, match="no task hellaswagg: did you mean .*hellaswag"):
         LmEval(task_name="hellaswagg").check(bench)
     with pytest.raises(FoveateError, match="can't be read"):

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.compare import grid
 from foveate.compare.grid import PROFILES, Cell, Profile, TaskLike
 from foveate.compare.runner import Interrupted, run
+from foveate.compare.seat import Seat, Source
 from foveate.compare.store import RunFolder
-from foveate.compare.workers import Seat, Source
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
 from foveate.methods import RecipeLike
@@ -37,6 +37,12 @@ class Comparison:
             `model`, `recipe`, `task`, `status`, `metrics`, `setting`, `seconds`, `artifacts`, and `reason`
             where it failed.
         out: the run folder, or None.
+
+    Example:
+        >>> cell = {"model": "tiny", "recipe": "full", "task": "perplexity", "status": "failed",
+        ...     "reason": "out of memory", "seconds": 1.0, "setting": {}, "metrics": {}, "artifacts": {}}
+        >>> [cell["reason"] for cell in Comparison([cell], None).failed]
+        ['out of memory']
     """
 
     cells: Sequence[dict[str, Any]]
@@ -85,7 +91,8 @@ def compare(
     """Measure every recipe on every task; go on where an earlier run with the same arguments was stopped.
 
     Args:
-        model: what `foveate.load` takes, or a live model (then `dtype` and `device` are the model's own).
+        model: what `foveate.load` takes, or a live model. A live model's `dtype` and `device` are its own, and it
+            can't be loaded again after a technique with a bug left it in disorder.
         recipes: texts, methods or `Recipe` objects; the profile's by default.
         tasks: texts or `Task` objects; the profile's by default.
         profile: a name in `PROFILES`.
@@ -161,7 +168,7 @@ def compare(
             task.check(seat.bench())
         setting = grid.setting_of(seat.bench().model, words, seed)
         stack.enter_context(folder)
-        folder.plan(grid.cells(name, wanted, asked, setting))
+        folder.plan(grid.cells(model_name(seat.bench().model), wanted, asked, setting))
         if unused := folder.unused():
             say(f"{place} holds {unused} cells of other versions, weights or text: they are not used.")
         if finished := len(folder.cells) - len(folder.missing()):
@@ -195,4 +202,4 @@ def default_out(
         'runs/smollm2-135m-quick'
     """
     grid_name = grid.digest([profile, recipes, tasks])[:6] if recipes or tasks else profile
-    return Path("runs", f"{Path(model).name}-{grid_name}")
+    return Path("runs", f"{Path(model).resolve().name}-{grid_name}")

@@ -23,6 +23,8 @@ SHAPES = (
     "M0,1L1,-.8H-1Z",
 )
 
+HIGHEST = 1e6  # times the lowest value: where a chart ends at the latest, as a broken recipe may reach 1e304
+
 Look = Mapping[str, tuple[str, str]]
 """The colour and the shape of each recipe, the same on the whole page."""
 
@@ -63,10 +65,11 @@ def frontier_chart(
     """
     # A recipe that breaks would squeeze the others into one line. Where most lie within twice the lowest
     # value the axis ends there; what is above sits on the edge, with its value in its name.
-    edge = 2 * min(point["y"] for point in points)
-    above = [point for point in points if point["y"] > edge > 0]
-    if not percent[1] and len(above) < len(points) / 2:
-        points = [_on_edge(point, edge) if point in above else point for point in points]
+    lowest = min(point["y"] for point in points)
+    broken = [point for point in points if point["y"] > 2 * lowest]
+    edge = (2 if len(broken) < len(points) / 2 else HIGHEST) * lowest
+    if not percent[1]:
+        points = [_on_edge(point, edge) if point["y"] > edge else point for point in points]
 
     better = "higher" if percent[1] else "lower"
     heights = [0, 1] if percent[1] else [point[end] for point in points for end in ("y_low", "y_high")]
@@ -124,7 +127,9 @@ def curve_chart(
         alt.Tooltip("y:Q", title=y, format=",.4r"),
     ]
     x_axis = alt.X("x:Q", title=x, axis=alt.Axis(format="~s", tickCount=6), scale=alt.Scale(nice=False))
-    y_axis = alt.Y("y:Q", **_axis([point["y"] for point in points], y))
+    edge = HIGHEST * min(point["y"] for point in points)
+    points = [{**point, "height": min(point["y"], edge)} for point in points]
+    y_axis = alt.Y("height:Q", **_axis([point["height"] for point in points], y))
     lines = _chart(points).encode(x=x_axis, y=y_axis, color=_colour(look))
     ends = {point["recipe"]: point for point in points}.values()
     apart = [a for a in ends if all(a is b or a["y"] > 2 * b["y"] or b["y"] > 2 * a["y"] for b in ends)]

@@ -197,7 +197,7 @@ def advice(cells: Iterable[Mapping[str, Any]], tolerance: float = 0.01) -> str:
     sentences = [_advice([row for row in rows if row.model == model], tolerance) for model in models]
     if len(models) == 1:
         return sentences[0]
-    return " ".join(f"for {model}, {sentence}" for model, sentence in zip(models, sentences, strict=True))
+    return "; ".join(f"for {model}, {said[:-1]}" for model, said in zip(models, sentences, strict=True)) + "."
 
 
 def _advice(rows: list[Row], tolerance: float) -> str:
@@ -256,7 +256,9 @@ def _terms(row: Row, text: str) -> str:
 def _shortfall(row: Row, full: Row, ratio: Change, lost: list[str], tolerance: float) -> str:
     """What keeps the recipe from being within tolerance."""
     parts = []
-    if ratio.high > 1 + tolerance and ratio.real:
+    if ratio.real and ratio.value >= 2:
+        parts.append(f"{ratio.value:.3g} times the perplexity of full")
+    elif ratio.real and ratio.high > 1 + tolerance:
         parts.append(f"perplexity {_percent(ratio.value - 1)} higher")
     elif ratio.high > 1 + tolerance:
         reach = _percent(ratio.high - 1)

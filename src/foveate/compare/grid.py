@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from foveate.data.text import Text
 from foveate.errors import FoveateError
-from foveate.methods import Recipe, RecipeLike, nearest
+from foveate.methods import Recipe, RecipeLike
+from foveate.specs import nearest
 from foveate.tasks import TASKS, Task
 from foveate.version import __version__
 
@@ -54,7 +55,7 @@ PROFILES = {
         ),
     ),
     "standard": Profile(
-        about="longer texts, more cases, several budgets; hours on a CPU, minutes on a GPU",
+        about="longer texts, more cases, several budgets; an hour on a CPU, minutes on a GPU",
         recipes=(
             "full",
             *(f"{name}:keep={keep}" for name in ("window", "streaming", "h2o") for keep in (0.1, 0.2, 0.5)),
@@ -110,14 +111,24 @@ def digest(what: Any) -> str:
 
 
 def profile(name: str) -> Profile:
-    """The profile of that name; FoveateError where there is none."""
+    """The profile of that name; FoveateError where there is none.
+
+    Example:
+        >>> profile("quick").recipes[0]
+        'full'
+    """
     if name not in PROFILES:
         raise FoveateError(f"there is no profile called {name!r}: {nearest(name, PROFILES)}")
     return PROFILES[name]
 
 
 def parse_recipes(recipes: Iterable[RecipeLike]) -> list[Recipe]:
-    """Recipes from any of their forms, each once, in the order given."""
+    """Recipes from any of their forms, each once, in the order given; FoveateError where there is none.
+
+    Example:
+        >>> [str(recipe) for recipe in parse_recipes(["full", "window:keep=0.50", "full"])]
+        ['full', 'window:keep=0.5']
+    """
     parsed = list(dict.fromkeys(Recipe.of(recipe) for recipe in recipes))
     if not parsed:
         raise FoveateError("no recipe was given: name at least one, such as full.")
@@ -125,7 +136,12 @@ def parse_recipes(recipes: Iterable[RecipeLike]) -> list[Recipe]:
 
 
 def parse_tasks(tasks: Iterable[TaskLike]) -> list[Task]:
-    """Tasks from their texts or as objects, each once, in the order given."""
+    """Tasks from their texts or as objects, each once, in the order given; FoveateError where there is none.
+
+    Example:
+        >>> [str(task) for task in parse_tasks(["passkey", "perplexity:tokens=512"])]
+        ['passkey', 'perplexity:tokens=512']
+    """
     parsed = list(dict.fromkeys(TASKS.parse(task) if isinstance(task, str) else task for task in tasks))
     if not parsed:
         raise FoveateError("no task was given: name at least one, such as perplexity.")
@@ -135,7 +151,13 @@ def parse_tasks(tasks: Iterable[TaskLike]) -> list[Task]:
 def cells(
     model: str, recipes: Sequence[Recipe], tasks: Sequence[Task], setting: Mapping[str, Any]
 ) -> list[Cell]:
-    """The grid's cells, all recipes of a task together: a run that is stopped early can still be compared."""
+    """The grid's cells, all recipes of a task together: a run that is stopped early can still be compared.
+
+    Example:
+        >>> recipes, tasks = parse_recipes(["full", "window:keep=0.5"]), parse_tasks(["perplexity", "passkey"])
+        >>> [(cell.task, cell.recipe) for cell in cells("tiny", recipes, tasks, {})][:2]
+        [('perplexity', 'full'), ('perplexity', 'window:keep=0.5')]
+    """
     return [Cell(model, recipe.to_text(), task.to_text(), setting) for task in tasks for recipe in recipes]
 
 
@@ -166,6 +188,11 @@ def weights_digest(model: PreTrainedModel) -> str:
 
     Each parameter counts with the sum of its bits read as integers: exact, so that it does not depend on the
     number of threads or the device, and quick enough for large models.
+
+    Example:
+        >>> from foveate.models.tiny import tiny
+        >>> weights_digest(tiny("llama")) == weights_digest(tiny("llama", seed=1))
+        False
     """
     sums = {}
     for name, tensor in model.state_dict().items():

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from foveate.compare.frontier import QUALITIES
 from foveate.compare.grid import Cell
-from foveate.compare.workers import Result
+from foveate.compare.seat import Result
 from foveate.tasks import TASKS
 
 ENOUGH = 0.1
@@ -98,7 +99,7 @@ class Board:
         self._console = Console(stderr=True, quiet=not show, highlight=False)
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
-            BarColumn(bar_width=None, table_column=Column(ratio=2)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.fields[note]}", table_column=Column(min_width=16, no_wrap=True)),
             console=self._console,
             expand=True,
@@ -150,7 +151,7 @@ class Board:
     def _left(self) -> str:
         seconds = self._estimate.seconds_left()
         if seconds is None:
-            return "measuring speed"
+            return "estimating"
         if seconds < 90:
             return f"about {max(1, round(seconds))} s left"
         if seconds < 5400:
@@ -159,8 +160,9 @@ class Board:
 
 
 def _outcome(result: Result) -> str:
-    """The first thing that a cell's task measures, or why it failed."""
+    """The most telling figure of a cell, or why it failed."""
+    metrics = result["metrics"]
     if result["status"] == "failed":
         return f"failed: {result['reason']}"
-    name, metric = next(iter(result["metrics"].items()), ("nothing", {"value": 0.0}))
-    return f"{name.replace('_', ' ')} {metric['value']:.4g}"
+    name = next((name for name in (*QUALITIES, "decode_speedup", *metrics) if name in metrics), None)
+    return "done" if name is None else f"{name.replace('_', ' ')} {metrics[name]['value']:.4g}"

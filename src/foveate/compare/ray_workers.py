@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from foveate.compare.grid import Cell
-from foveate.compare.workers import Result, Seat, Source, Watcher, failed
+from foveate.compare.seat import Result, Seat, Source, Watcher, failed
 from foveate.errors import FoveateError
 
 RETRIES = 3

@@ -11,8 +11,9 @@ from types import FrameType
 from foveate.compare.grid import Cell
 from foveate.compare.progress import Board
 from foveate.compare.ray_workers import connected, on_ray
+from foveate.compare.seat import Result, Seat, Source, Watcher, in_this_process
 from foveate.compare.store import RunFolder
-from foveate.compare.workers import Result, Seat, Source, Watcher, in_children, in_this_process
+from foveate.compare.workers import in_children
 
 TIMED = ("speed",)
 """Tasks whose result is a time: their cells run last and alone, so that no other cell slows them down."""

@@ -148,7 +148,7 @@ class RunFolder:
         return len({path.stem for path in self.path.glob("cells/*.json")} - {cell.id for cell in self.cells})
 
     def put(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        """Store what running a cell gave, as `foveate.compare.workers.run_cell` returns it."""
+        """Store what running a cell gave, as `foveate.compare.seat.run_cell` returns it."""
         record = {"id": cell.id, **cell.to_json(), **result}
         self._write(f"cells/{cell.id}.json", json.dumps(record, allow_nan=False))
         self._records[cell.id] = record

@@ -1,182 +1,31 @@
-"""Where cells run: in this process, or in child processes that are replaced when they die."""
+"""Where cells run: in child processes, which are replaced when they die."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import gc
-import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from transformers import set_seed
 
-from foveate.compare.grid import Cell, versions, weights_digest
-from foveate.data.text import Text
+from foveate.compare.grid import Cell
+from foveate.compare.seat import Result, Seat, Source, Watcher, failed
 from foveate.errors import FoveateError
-from foveate.methods import Recipe
-from foveate.models.load import load
-from foveate.tasks import TASKS, Bench
-from foveate.tasks.base import Progress
-
-Result = dict[str, Any]
-"""What running a cell gave: `status`, `seconds`, `metrics`, `artifacts`; where it failed, `reason`, maybe
-`traceback`."""
 
 PROGRESS_SECONDS = 0.2
 """How often at most a child process tells how far it is."""
 
-
-class Watcher(Protocol):
-    """Who is told what happens to the cells."""
-
-    def started(self, cell: Cell) -> None: ...
-    def progressed(self, cell: Cell, fraction: float) -> None: ...
-    def finished(self, cell: Cell, result: Result) -> None: ...
-
-
-# ---- one cell ------------------------------------------------------------------------------------------
-
-
-def run_cell(bench: Bench, cell: Cell, progress: Progress) -> Result:
-    """Measure one cell. Whatever goes wrong is its result: only what stops the whole run is raised."""
-    began = time.perf_counter()
-    try:
-        set_seed(cell.setting["seed"])
-        task, recipe = TASKS.parse(cell.task), Recipe.of(cell.recipe)
-        outcome = task.measure(dataclasses.replace(bench, progress=progress), recipe)
-        for name, metric in outcome.metrics.items():
-            if not math.isfinite(metric.value):
-                raise FoveateError(
-                    f"{name} came out as {metric.value}: the model's numbers overflow under this recipe. "
-                    "Try another dtype."
-                )
-        return {
-            "status": "ok",
-            "seconds": time.perf_counter() - began,
-            "metrics": {name: metric.to_json() for name, metric in outcome.metrics.items()},
-            "artifacts": _plain(outcome.artifacts),
-        }
-    except Exception as error:
-        return failed(error, began)
-
-
-def failed(error: Exception, began: float) -> Result:
-    """The result of a cell, started at `time.perf_counter() == began`, that ended in `error`."""
-    result: Result = {
-        "status": "failed",
-        "reason": str(error),
-        "seconds": time.perf_counter() - began,
-        "metrics": {},
-        "artifacts": {},
-    }
-    if not isinstance(error, FoveateError):  # nobody foresaw it
-        result["reason"] = _reason(error)
-        result["traceback"] = "".join(traceback.format_exception(error))
-    return result
-
-
-def _reason(error: Exception) -> str:
-    """What an error says and the innermost place, in a line."""
-    said = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:
-        return f"out of memory: {said}"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {said} ({Path(frame.filename).name}:{frame.lineno})"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---- one model -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """How a process, here or on another machine, gets the model that the run is about.
-
-    Attributes:
-        model, dtype, device: as `foveate.load` takes them.
-        text: sent along, because a file may not be there on another machine.
-        weights, versions: what must be the same there; None in the process that finds them out.
-    """
-
-    model: str
-    dtype: str
-    device: str
-    text: Text
-    weights: str | None = None
-    versions: dict[str, str] | None = field(default=None, hash=False)
-
-    def open(self) -> Bench:
-        if self.versions is not None and versions() != self.versions:
-            raise FoveateError(
-                f"the run was started with {self.versions}, but here is {versions()}: install the same."
-            )
-        model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)
-        if self.weights is not None and weights_digest(model) != self.weights:
-            raise FoveateError(
-                f"{self.model} is another model here than where the run started: give all machines the same."
-            )
-        return Bench(model, tokenizer, self.text)
-
-
-class Seat:
-    """A model that cells run on, opened anew after a cell that may have left it in any state.
-
-    Args:
-        open: gives the bench; called again after a failure that nobody foresaw.
-    """
-
-    def __init__(self, open: Callable[[], Bench]):
-        self._open = open
-        self._bench: Bench | None = None
-
-    def bench(self) -> Bench:
-        self._bench = self._bench or self._open()
-        return self._bench
-
-    def run(self, cell: Cell, progress: Progress) -> Result:
-        began = time.perf_counter()
-        try:
-            self.bench()
-        except Exception as error:
-            return failed(error, began)
-        result = run_cell(self.bench(), cell, progress)
-        if "traceback" in result:
-            self._bench = None
-            gc.collect()
-            torch.cuda.empty_cache()
-        return result
-
-
-def in_this_process(cells: Sequence[Cell], seat: Seat, watcher: Watcher) -> None:
-    """Run cells one after the other."""
-    for cell in cells:
-        watcher.started(cell)
-        watcher.finished(cell, seat.run(cell, functools.partial(watcher.progressed, cell)))
-
-
-# ---- child processes -----------------------------------------------------------------------------------
+GRACE_SECONDS = 5.0
+"""How long a child process may take to leave when it is asked to."""
 
 
 @dataclass
@@ -222,10 +71,9 @@ def in_children(cells: Sequence[Cell], source: Source, count: int, watcher: Watc
                     watcher.started(child.cell)
                 else:
                     del children[child.pipe]
-                    _end(child)
+                    _end([child])
     finally:
-        for child in children.values():
-            _end(child)
+        _end(children.values())
 
 
 def _start(source: Source, threads: int, cell: Cell) -> _Child:
@@ -252,10 +100,15 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _end(child: _Child) -> None:
-    child.process.kill()
-    child.process.join()
-    child.pipe.close()
+def _end(children: Collection[_Child]) -> None:
+    """Ask them to leave, which takes a moment; who doesn't is killed."""
+    for child in children:
+        child.process.terminate()
+    for child in children:
+        child.process.join(GRACE_SECONDS)
+        child.process.kill()
+        child.process.join()
+        child.pipe.close()
 
 
 def _died(child: _Child) -> Result:
@@ -273,6 +126,7 @@ def _died(child: _Child) -> Result:
 
 def _child(pipe: Connection, source: Source, threads: int) -> None:
     """Take cells from the pipe and send their results back, until the parent ends it or is gone."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # orderly, unlike the default
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     seat, told = Seat(source.open), 0.0

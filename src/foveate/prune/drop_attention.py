@@ -66,7 +66,9 @@ class NoAttention(nn.Module):
 
 @torch.no_grad()
 def attention_change(model: PreTrainedModel, calibration: Tensor) -> Tensor:
-    """1 - cosine between each attention sublayer's input and output with residual, float32 (layers, 1); NaN where it is gone.
+    """1 - cosine between each attention sublayer's input and output with residual, float32 (layers, 1).
+
+    NaN where the sublayer is gone.
 
     What a sublayer adds to the residual stream is its output, or what a norm right after it makes of it (Gemma 2,
     OLMo 2): so a norm that is given the very tensor that the attention returned has the last word.

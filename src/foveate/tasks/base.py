@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.data.text import Text, tokens
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
-from foveate.methods import Recipe, Registry, Spec, apply
+from foveate.methods import Recipe, apply
 from foveate.models.anatomy import anatomy
 from foveate.models.caches import cache_bytes, full_cache_bytes
+from foveate.specs import Registry, Spec
 
 C = TypeVar("C", bound=type)
 

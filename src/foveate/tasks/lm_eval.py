@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -59,18 +60,16 @@ class LmEval(Task):
 
     def _found(self) -> tuple[Any, str]:
         """The harness's index of tasks, and the task's name in it."""
-        from lm_eval.tasks import TaskManager
-
         path = Path(self.task_name).expanduser()
         if path.suffix not in (".yaml", ".yml"):
-            return TaskManager(), self.task_name
+            return _index(None), self.task_name
         try:
             name = re.search(r"^(?:task|group):\s*([\w.-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         except OSError as error:
             raise FoveateError(f"{self}: {path} can't be read: {error.strerror}.") from error
         if name is None:
             raise FoveateError(f"{self}: {path} names no task: give it a line `task: NAME`.")
-        return TaskManager(include_path=str(path.parent), include_defaults=False), name[1]
+        return _index(str(path.parent)), name[1]
 
     def run(self, bench: Bench) -> Outcome:
         from lm_eval import simple_evaluate
@@ -96,6 +95,14 @@ class LmEval(Task):
                 label = label if task_name == name else f"{task_name}/{label}"
                 metrics[label] = Metric(float(value), value - half, value + half)
         return Outcome(metrics)
+
+
+@functools.cache  # the harness's own tasks take seconds to index
+def _index(folder: str | None) -> Any:
+    """The harness's index of its own tasks, or of those in a folder."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager() if folder is None else TaskManager(include_path=folder, include_defaults=False)
 
 
 def _harness_model(bench: Bench) -> Any:
