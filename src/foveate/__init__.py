@@ -50,7 +50,7 @@ __all__ = ["__version__", *_WHERE]
 
 
 class _Package(types.ModuleType):
-    """Lets a verb and the module it stands in share a name: `foveate.compare` is the function, whatever was imported."""
+    """Lets a verb and its module share a name: `foveate.compare` is the function, whatever was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _WHERE and isinstance(value, types.ModuleType)):

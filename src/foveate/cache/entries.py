@@ -136,11 +136,16 @@ class PolicyLayer(CacheLayerMixin):
         if sliding_window is not None:
             hidden = hidden | (self.positions <= seen - sliding_window)
         score = score.masked_fill(hidden, -torch.inf)
-        kept = score.topk(most, dim=-1)
-        empty = (torch.arange(most, device=seen.device) >= limits) | (kept.values == -torch.inf)
-        positions = self.positions.gather(-1, kept.indices).masked_fill(empty, -1)
-        positions, order = positions.sort(dim=-1)  # empty slots first, then in the text's order
-        self._take(kept.indices.gather(-1, order), positions)
+        if self.dense and sliding_window is None and slots == most + 1:  # in decoding: one goes, the rest close up
+            index = torch.arange(most, device=seen.device)
+            index = index + (index >= score.argmin(dim=-1, keepdim=True))
+            self._take(index, self.positions.gather(-1, index))
+        else:
+            kept = score.topk(most, dim=-1)
+            empty = (torch.arange(most, device=seen.device) >= limits) | (kept.values == -torch.inf)
+            positions = self.positions.gather(-1, kept.indices).masked_fill(empty, -1)
+            positions, order = positions.sort(dim=-1)  # empty slots first, then in the text's order
+            self._take(kept.indices.gather(-1, order), positions)
         self.thinned = True
         self.dense = self.dense and sliding_window is None
 

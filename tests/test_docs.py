@@ -1,0 +1,136 @@
+"""The docs say what is there: commands parse, worked examples work, and nothing registered is missing from its page.
+
+The `>>>` examples of the pages are doctests of their own (see pyproject.toml).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import foveate as fv
+from foveate import claims
+from foveate.cli import app
+from foveate.compare import PROFILES
+from foveate.methods import METHODS, Recipe
+from foveate.models.tiny import TINY_FAMILIES
+from foveate.specs import split_specs
+from foveate.tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = typer.main.get_command(app).commands
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in FENCED.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    shell = "\n".join(blocks(page, "sh", "bash", "console")).replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in shell.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("foveate ")]
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    """The Python files that CONTRIBUTING.md shows, by name, as modules; forgotten again after the test."""
+    METHODS.all(), TASKS.all()
+    for registry in (METHODS, TASKS):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    before, modules = dict(claims.CLAIMS), {}
+    for text in blocks(ROOT / "CONTRIBUTING.md", "python"):
+        name = "shown_" + re.search(r"\w+", text)[0].lower() + str(len(modules))
+        path = tmp_path / f"{name}.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, path)
+        modules[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        spec.loader.exec_module(modules[name])
+    yield list(modules.values())
+    claims.CLAIMS.clear()
+    claims.CLAIMS.update(before)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_parses(page, examples):
+    for verb, *arguments in command_lines(page):
+        assert verb in COMMANDS, f"{page.name}: there is no `foveate {verb}`"
+        given = COMMANDS[verb].make_context(verb, arguments).params
+        for spec in [spec for each in given.get("recipes") or () for spec in split_specs(each)]:
+            assert spec.endswith(".yaml") or Recipe.of(spec)
+        for spec in [spec for each in given.get("tasks") or () for spec in split_specs(each)]:
+            TASKS.parse(spec)
+        assert given.get("profile", "quick") in PROFILES
+        assert {*(given.get("names") or ())} <= {*METHODS.all()}
+        assert given.get("role") in (None, *(cls.role for cls in METHODS.all().values()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_verbs_and_options_in_running_text_are_there(page):
+    prose = FENCED.sub("", page.read_text(encoding="utf-8"))
+    options = {option for each in COMMANDS.values() for parameter in each.params for option in parameter.opts}
+    for code in re.findall(r"`([^`]+)`", prose):
+        if verb := re.match(r"foveate ([a-z]+)", code):
+            assert verb[1] in COMMANDS, code
+        if code.startswith("--"):
+            assert code.split()[0] in options, code
+
+
+def test_pages_show_commands():
+    assert sum(len(command_lines(page)) for page in PAGES) > 10  # or the pattern has gone blind
+
+
+def test_what_contributing_shows_works(examples):
+    method, test, task = examples
+    assert doctest.testmod(method).attempted == 4
+    test.test_the_smallest_keys_stay()
+    bench = fv.Bench(fv.tiny("llama"), fv.tiny_tokenizer(), fv.load_text("prose"))
+    right = task.NextToken(prompt=16, guesses=4).measure(bench, Recipe.of("key-norm:keep=0.5")).metrics["right"]
+    assert 0 <= right.low <= right.value <= right.high <= 1
+
+
+def test_the_claim_that_contributing_shows_is_tried(examples, monkeypatch):
+    method = examples[0]
+    monkeypatch.setattr(method, "Perplexity", lambda **given: fv.tasks.perplexity.Perplexity(tokens=96, skip=64, chunk=16))
+    bench = fv.Bench(fv.tiny("llama"), fv.tiny_tokenizer(), fv.load_text("prose"))
+    finding = claims.CLAIMS["key-norm"]().run(bench)
+    assert len(finding.checks) == 2 and len(finding.metrics) == 3
+
+
+@pytest.mark.parametrize("role", ["cache", "depth", "prune"])
+def test_every_technique_stands_on_its_roles_page(role):
+    page = (ROOT / "docs" / f"{role}.md").read_text(encoding="utf-8")
+    for name, cls in METHODS.all().items():
+        if cls.role == role and cls.__module__.startswith("foveate."):
+            assert f"\n`{name}`\n" in page, f"docs/{role}.md says nothing of {name}"
+            assert cls.paper is None or f"]({cls.paper.url}), {cls.paper.year}" in page
+
+
+def test_every_task_and_field_stands_on_the_tasks_page():
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, cls in TASKS.all().items():
+        section = re.search(rf"^## {name}$(.*?)(^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        assert section, f"docs/tasks.md has no section {name}"
+        for field in dataclasses.fields(cls):
+            default = "" if field.default is dataclasses.MISSING else str(field.default).lower()
+            assert re.search(rf"^\| `{field.name}` \| *{default} *\|", section[1], re.MULTILINE), (name, field.name)
+
+
+def test_every_profile_family_and_public_name_is_told_of():
+    compare, models, reference = (
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("compare", "models", "reference")
+    )
+    assert all(f"| `{name}` |" in compare for name in PROFILES)
+    assert all(f"| `{family}` |" in models for family in TINY_FAMILIES)
+    for name in set(fv.__all__) - {"__version__"}:
+        assert re.search(rf"^::: foveate\.(\w+\.)?{name}$", reference, re.MULTILINE), f"docs/reference.md lacks {name}"
