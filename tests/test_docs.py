@@ -101,7 +101,9 @@ def test_what_contributing_shows_works(examples):
 
 def test_the_claim_that_contributing_shows_is_tried(examples, monkeypatch):
     method = examples[0]
-    monkeypatch.setattr(method, "Perplexity", lambda **given: fv.tasks.perplexity.Perplexity(tokens=96, skip=64, chunk=16))
+    monkeypatch.setattr(
+        method, "Perplexity", lambda **given: fv.tasks.perplexity.Perplexity(tokens=96, skip=64, chunk=16)
+    )
     bench = fv.Bench(fv.tiny("llama"), fv.tiny_tokenizer(), fv.load_text("prose"))
     finding = claims.CLAIMS["key-norm"]().run(bench)
     assert len(finding.checks) == 2 and len(finding.metrics) == 3

