@@ -42,9 +42,7 @@ def foveate(monkeypatch, capsys, tmp_path):
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
-    code = (
-        "import sys, foveate.cli; print(any(m in sys.modules for m in ('torch', 'transformers', 'altair')))"
-    )
+    code = "import sys, foveate.cli; print(any(m in sys.modules for m in ('torch', 'transformers', 'altair')))"
     assert subprocess.check_output([sys.executable, "-c", code]) == b"False\n"
     best = 9.0
     for _ in range(3):
@@ -120,9 +118,7 @@ def test_a_failed_cell_is_exit_code_1(foveate, folder, monkeypatch):
         (["--workers", "2", "--ray", "local"], "exclude each other"),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2_with_nothing_half_written(
-    foveate, folder, arguments, sentence
-):
+def test_bad_input_is_a_sentence_and_exit_code_2_with_nothing_half_written(foveate, folder, arguments, sentence):
     Path("empty.txt").touch()
     Path("file").touch()
     Path("occupied").mkdir()

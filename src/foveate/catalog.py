@@ -20,8 +20,12 @@ from foveate.errors import FoveateError
 from foveate.methods import METHODS, Method, Paper
 from foveate.specs import nearest
 
-CLAIMS_FOLDER = Path("docs", "claims")
-"""Where `foveate verify` writes by default."""
+CLAIMS_FOLDERS = (
+    Path("docs", "claims"),  # where `foveate verify` writes by default
+    Path(__file__).with_name("found"),  # what came with the installed package
+    Path(__file__).parents[2] / "docs" / "claims",  # the same in a source tree
+)
+"""Folders that may hold what `foveate verify` found; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class Entry:
     where: str | None
 
 
-def catalog(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> list[Entry]:
+def catalog(role: str | None = None, claims: Path | None = None) -> list[Entry]:
     """All techniques, or those of a role, by role and name.
 
     Args:
         role: "cache", "depth", "prune", ...
-        claims: the folder that `foveate verify` wrote.
+        claims: the folder that `foveate verify` wrote; None: the first of `CLAIMS_FOLDERS` that is there.
 
     Raises:
         FoveateError: there is no such role.
@@ -64,6 +68,7 @@ def catalog(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> list[Entry
     roles = {cls.role for cls in classes.values()}
     if role is not None and role not in roles:
         raise FoveateError(f"there is no role called {role!r}: {nearest(role, roles)}")
+    claims = claims or next((folder for folder in CLAIMS_FOLDERS if folder.is_dir()), CLAIMS_FOLDERS[0])
     entries = [_entry(cls, claims) for cls in classes.values() if role in (None, cls.role)]
     return sorted(entries, key=lambda entry: (entry.role, entry.name))
 
@@ -77,13 +82,11 @@ def _entry(cls: type[Method], claims: Path) -> Entry:
         try:
             verified, where = json.loads(result.read_text(encoding="utf-8"))["status"], result.as_posix()
         except (OSError, ValueError, KeyError) as error:
-            raise FoveateError(
-                f"{result} holds no claim's result: run `foveate verify {cls.name}` again."
-            ) from error
+            raise FoveateError(f"{result} holds no claim's result: run `foveate verify {cls.name}` again.") from error
     return Entry(cls.name, cls.role, cls.claim, fields, cls.paper, verified, where)
 
 
-def to_json(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> list[dict[str, Any]]:
+def to_json(role: str | None = None, claims: Path | None = None) -> list[dict[str, Any]]:
     """The catalog as plain dictionaries.
 
     Example:
@@ -93,7 +96,7 @@ def to_json(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> list[dict[
     return [dataclasses.asdict(entry) for entry in catalog(role, claims)]
 
 
-def table(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> Table:
+def table(role: str | None = None, claims: Path | None = None) -> Table:
     """The catalog for a terminal.
 
     Example:
@@ -115,7 +118,7 @@ def table(role: str | None = None, claims: Path = CLAIMS_FOLDER) -> Table:
     return shown
 
 
-def markdown(claims: Path = CLAIMS_FOLDER) -> str:
+def markdown(claims: Path | None = None) -> str:
     """The catalog as a page of the documentation: a table for each role.
 
     Example:

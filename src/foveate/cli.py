@@ -59,9 +59,7 @@ def compare(
         list[str] | None, typer.Option(help="`perplexity:tokens=4096,passkey`; else the profile's.")
     ] = None,
     profile: Annotated[str, typer.Option(help="Recipes and tasks in a word: `quick`, `standard`.")] = "quick",
-    text: Annotated[
-        str, typer.Option(help="What tasks read: `prose`, `code`, a file, `hub:NAME`.")
-    ] = "prose",
+    text: Annotated[str, typer.Option(help="What tasks read: `prose`, `code`, a file, `hub:NAME`.")] = "prose",
     out: Annotated[
         Path | None, typer.Option(help="The run's folder, where a stopped run goes on; else `runs/...`.")
     ] = None,

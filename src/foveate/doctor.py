@@ -140,7 +140,5 @@ def _files() -> dict[str, str]:
 
 
 def _more() -> dict[str, str]:
-    missing = {
-        package: f"{use}: {command}" for package, (use, command) in MORE.items() if _version(package) is None
-    }
+    missing = {package: f"{use}: {command}" for package, (use, command) in MORE.items() if _version(package) is None}
     return missing or {"nothing": "all optional packages are here"}

@@ -71,12 +71,8 @@ def plugin(tmp_path, monkeypatch):
     """The method `mischief`, installed as a plug-in is: here, in child processes, and in commands."""
     home = tmp_path / "site"
     (home / "mischief-1.dist-info").mkdir(parents=True)
-    (home / "mischief-1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: mischief\nVersion: 1\n"
-    )
-    (home / "mischief-1.dist-info" / "entry_points.txt").write_text(
-        "[foveate.methods]\nmischief = mischief_plugin\n"
-    )
+    (home / "mischief-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mischief\nVersion: 1\n")
+    (home / "mischief-1.dist-info" / "entry_points.txt").write_text("[foveate.methods]\nmischief = mischief_plugin\n")
     (home / "mischief_plugin.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(home)
     monkeypatch.setenv("PYTHONPATH", str(home))

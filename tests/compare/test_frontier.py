@@ -12,9 +12,7 @@ from foveate.compare.frontier import Figure, Row, advice, frontier, summarise
 def cell(recipe: str, task: str = "perplexity", model: str = "tiny", **metrics: Any) -> dict[str, Any]:
     """A finished cell; a metric is a value (with an interval of 5% around it) or (value, low, high)."""
     figures = {
-        name: dict(
-            zip(("value", "low", "high"), m if isinstance(m, tuple) else (m, m * 0.95, m * 1.05), strict=True)
-        )
+        name: dict(zip(("value", "low", "high"), m if isinstance(m, tuple) else (m, m * 0.95, m * 1.05), strict=True))
         for name, m in metrics.items()
     }
     return {
@@ -83,14 +81,10 @@ def test_blocks_of_the_same_text_are_compared_in_pairs() -> None:
         30.0,
     ] * 8  # far apart from each other, so that two intervals would overlap widely
     full = blocks("full", base, 5.75)
-    worse = summarise([full, blocks("h2o", [nll + 0.5 for nll in base], 6.05)])[1].changes["perplexity"][
-        "perplexity"
-    ]
+    worse = summarise([full, blocks("h2o", [nll + 0.5 for nll in base], 6.05)])[1].changes["perplexity"]["perplexity"]
     assert worse.real and worse.value == pytest.approx(1.0513, abs=1e-3)
     shorter = blocks("h2o", base[:-1], 6.0)
-    assert (
-        not summarise([full, shorter])[1].changes["perplexity"]["perplexity"].real
-    )  # only their intervals are left
+    assert not summarise([full, shorter])[1].changes["perplexity"]["perplexity"].real  # only their intervals are left
 
 
 def test_a_given_ratio_is_believed() -> None:
@@ -111,9 +105,7 @@ def test_frontier_leaves_out_what_is_beaten_and_what_was_not_measured() -> None:
 
 def test_frontier_knows_that_more_speed_and_more_passkeys_are_better() -> None:
     def row(recipe: str, speed: float, passkey: float) -> Row:
-        return Row(
-            "tiny", recipe, {"s": {"decode_speedup": Figure(speed)}, "p": {"passkey": Figure(passkey)}}
-        )
+        return Row("tiny", recipe, {"s": {"decode_speedup": Figure(speed)}, "p": {"passkey": Figure(passkey)}})
 
     rows = [row("full", 1.0, 1.0), row("slow", 0.9, 0.9), row("fast", 2.0, 0.8)]
     assert [r.recipe for r in frontier(rows, "decode_speedup", "passkey", "p")] == ["fast", "full"]
@@ -158,9 +150,7 @@ def test_advice_says_of_speed_what_its_interval_allows(speed: tuple[float, float
 def test_advice_takes_the_upper_end_of_a_paired_ratio() -> None:
     unsure = cell("a", perplexity=12.0, cache_fraction=exact(0.5), perplexity_ratio=(1.0, 0.97, 1.03))
     said = advice([FULL, unsure])
-    assert said.startswith(
-        "nothing measured stays within 1% of the full model; nearest is a at 50% of the cache: "
-    )
+    assert said.startswith("nothing measured stays within 1% of the full model; nearest is a at 50% of the cache: ")
     assert said.endswith("its perplexity can't be told from that of full, but 3% higher isn't ruled out.")
     assert advice([FULL, unsure], tolerance=0.05).startswith("within 5% of the full model: a")
 
@@ -183,32 +173,32 @@ def test_advice_refuses_a_recipe_that_loses_passkeys_beyond_its_interval() -> No
     said = advice([*cells, passkey("a", 0.25, 0.0, 0.5)])
     assert said.startswith("nothing measured stays within 1%")
     assert said.endswith(": 25% of the passkeys answered against 100%.")
-    assert advice([*cells, failed("a", "passkey")]).startswith(
-        "no advice: no recipe beside `full` came through"
-    )
+    assert advice([*cells, failed("a", "passkey")]).startswith("no advice: no recipe beside `full` came through")
 
 
 def test_advice_says_when_quality_is_kept_but_nothing_is_saved() -> None:
     said = advice([FULL, cell("a", perplexity=12.0, cache_fraction=exact(1))])
-    assert (
-        said
-        == "within 1% of the full model, but saving neither cache nor decoding time as far as measured: a."
-    )
+    assert said == "within 1% of the full model, but saving neither cache nor decoding time as far as measured: a."
 
 
 def test_advice_without_a_reference() -> None:
     assert advice([cell("a", perplexity=12.0)]).startswith("no advice: `full` is not in this run")
-    assert advice([failed("full"), cell("a", perplexity=12.0)]).startswith(
-        "no advice: the perplexity of `full`"
-    )
+    assert advice([failed("full"), cell("a", perplexity=12.0)]).startswith("no advice: the perplexity of `full`")
     assert advice([FULL]).startswith("no advice: no recipe beside `full`")
 
 
 def test_advice_speaks_of_each_model() -> None:
     cells = [
-        c | {"model": m}
-        for m in ("x", "y")
-        for c in (FULL, cell("a", perplexity=12.0, cache_fraction=exact(0.5)))
+        c | {"model": m} for m in ("x", "y") for c in (FULL, cell("a", perplexity=12.0, cache_fraction=exact(0.5)))
     ]
     sentence = "within 1% of the full model: a at 50% of the cache"
     assert advice(cells) == f"for x, {sentence}; for y, {sentence}."
+
+
+def test_advice_breaks_ties_of_cache_by_quality() -> None:
+    cells = [
+        cell("full", perplexity=27.0, cache_fraction=exact(1)),
+        cell("window", perplexity=19.0, cache_fraction=exact(0.0312)),
+        cell("streaming", perplexity=11.0, cache_fraction=exact(0.0313)),
+    ]
+    assert "streaming at 3.1%" in advice(cells)

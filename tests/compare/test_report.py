@@ -18,9 +18,7 @@ from foveate.compare.report import read_cells, write_report
 from foveate.compare.words import texts
 from foveate.errors import FoveateError
 
-HOSTILE = (
-    """</script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">&"'"""
-)
+HOSTILE = """</script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">&"'"""
 TASKS = {
     "perplexity": "perplexity:tokens=16384,window=2048",
     "passkey": "passkey:tokens=2048,cases=8",
@@ -67,8 +65,7 @@ def made_up_cells(hostile: str = "") -> list[dict[str, Any]]:
         x = list(range(512, 16385, 512))
         breaks = recipe.startswith("window")
         y = [
-            dice.gauss(1, 0.06)
-            * (12.5 if breaks and at <= 1024 else perplexity * 1.2 if breaks else perplexity)
+            dice.gauss(1, 0.06) * (12.5 if breaks and at <= 1024 else perplexity * 1.2 if breaks else perplexity)
             for at in x
         ]
         cases = [
@@ -90,9 +87,7 @@ def made_up_cells(hostile: str = "") -> list[dict[str, Any]]:
             for i in range(len(tokens))
         ]
         text = (
-            " and then the block is left, whatever happened in it. " * 3
-            if not breaks
-            else " the the the, , , the" * 9
+            " and then the block is left, whatever happened in it. " * 3 if not breaks else " the the the, , , the" * 9
         )
         measured: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "perplexity": (
@@ -166,9 +161,7 @@ def made_up_cells(hostile: str = "") -> list[dict[str, Any]]:
                     "artifacts": artifacts,
                 }
             )
-    broken = next(
-        c for c in cells if c["recipe"].startswith("drop-attention") and c["task"] == TASKS["passkey"]
-    )
+    broken = next(c for c in cells if c["recipe"].startswith("drop-attention") and c["task"] == TASKS["passkey"])
     broken |= {
         "status": "failed",
         "metrics": {},
@@ -348,9 +341,7 @@ def test_the_charts_draw_without_errors_and_without_the_network(
     assert {url for url in urls if not url.startswith("data:")} == {pages[kind].as_uri()}
 
 
-def test_a_recipe_that_breaks_is_on_a_logarithmic_axis_and_on_the_edge(
-    browser: Any, pages: dict[str, Path]
-) -> None:
+def test_a_recipe_that_breaks_is_on_a_logarithmic_axis_and_on_the_edge(browser: Any, pages: dict[str, Path]) -> None:
     open_page(browser, pages["plain"])
     charts = [e.text for e in browser.find_elements("css selector", "[data-chart]")]
     assert "window:keep=0.25 ↑ 684.0" in charts[0]
@@ -409,9 +400,7 @@ def test_the_table_sorts_by_click_and_by_keyboard(browser: Any, pages: dict[str,
 
 @pytest.mark.parametrize("kind", ["plain", "hostile"])
 @pytest.mark.parametrize("width", [375, 768])
-def test_nothing_sticks_out_on_a_small_screen(
-    browser: Any, pages: dict[str, Path], kind: str, width: int
-) -> None:
+def test_nothing_sticks_out_on_a_small_screen(browser: Any, pages: dict[str, Path], kind: str, width: int) -> None:
     open_page(browser, pages[kind], width=width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
@@ -451,8 +440,7 @@ def test_what_a_screen_reader_needs_is_there(browser: Any, pages: dict[str, Path
     open_page(browser, pages["plain"])
     assert len(browser.find_elements("css selector", "h1")) == 1
     assert all(
-        table.find_elements("css selector", "caption")
-        for table in browser.find_elements("css selector", "table")
+        table.find_elements("css selector", "caption") for table in browser.find_elements("css selector", "table")
     )
     charts = browser.find_elements("css selector", "[data-chart] [role='graphics-document']")
     assert len(charts) == 5 and all(chart.get_attribute("aria-label") for chart in charts)

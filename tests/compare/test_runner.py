@@ -85,9 +85,7 @@ def test_other_weights_under_the_same_name_are_run(model, tmp_path, no_page):
         ("overflow", "perplexity came out as nan.*", False),
     ],
 )
-def test_a_failing_cell_is_recorded_and_the_rest_goes_on(
-    model, tmp_path, plugin, how, reason, traced, no_page
-):
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(model, tmp_path, plugin, how, reason, traced, no_page):
     done = here(model, [f"mischief:how={how}", "full"], out=tmp_path / "run")
     bad, good = done.cells
     assert (bad["status"], good["status"], done.failed) == ("failed", "ok", [bad])
@@ -126,9 +124,7 @@ def test_a_stopped_run_keeps_what_is_finished_and_goes_on(model, tmp_path, plugi
 def test_bad_input_starts_nothing(model, tmp_path, no_page):
     def refused(match, recipes=("full",), tasks=(TASK,), model=model, **more):
         with pytest.raises(FoveateError, match=match):
-            compare(
-                model, recipes, tasks, out=tmp_path / "run", tokenizer=tiny_tokenizer(), show=False, **more
-            )
+            compare(model, recipes, tasks, out=tmp_path / "run", tokenizer=tiny_tokenizer(), show=False, **more)
         assert not (tmp_path / "run").exists()
 
     refused("did you mean window", recipes=["windw:keep=0.2"])

@@ -35,7 +35,7 @@ def test_prose_is_every_topic_once_and_the_parts_share_no_line():
     assert prose == load_text("prose")
     assert len(prose.calibration) + len(prose.evaluation) + 2 == len("\n\n".join(topics.values()))
     share = len(prose.calibration) / (len(prose.calibration) + len(prose.evaluation))
-    assert 0.15 < share <= 0.2
+    assert 0.15 < share < 0.21  # a fifth; whole topics go to one side, and topics differ by Python version
     assert not long_lines(prose.calibration) & long_lines(prose.evaluation)
 
 

@@ -58,7 +58,5 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_the_default_model_remembers_words_and_their_order(smollm2_bench):
     metrics = Copy(cases=2, gap=128).run(smollm2_bench).metrics
-    repeated, permuted, novel = (
-        metrics[f"copy_surprisal_ratio{name}"].value for name in ("", "_permuted", "_novel")
-    )
+    repeated, permuted, novel = (metrics[f"copy_surprisal_ratio{name}"].value for name in ("", "_permuted", "_novel"))
     assert repeated < 0.4 < permuted < 0.85 < novel

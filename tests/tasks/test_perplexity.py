@@ -24,9 +24,7 @@ def reference(bench, length):
 @pytest.mark.parametrize("chunk", [2, 16, 33, 99, 100, 128])
 def test_streaming_in_chunks_equals_one_forward(bench, chunk):
     outcome = Perplexity(tokens=100, window=64, chunk=chunk).run(bench)
-    assert math.log(outcome.metrics["perplexity"].value) == pytest.approx(
-        float(reference(bench, 100).mean()), abs=1e-4
-    )
+    assert math.log(outcome.metrics["perplexity"].value) == pytest.approx(float(reference(bench, 100).mean()), abs=1e-4)
     assert sum(outcome.artifacts["blocks"]["tokens"]) == 99
     assert outcome.artifacts["curve"]["x"][-1] == 100
     assert outcome.metrics["cache_fraction"].value == 1

@@ -62,7 +62,7 @@ def attend(
     if mask is not None and queries > 1:
         mask = mask.expand(-1, -1, queries, -1).repeat(1, 1, group, 1)
     out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.view(batch, heads, queries, -1)
+    return out.reshape(batch, heads, queries, -1)  # not every backend gives it in one block
 
 
 def attend_and_receive(
@@ -84,7 +84,7 @@ def attend_and_receive(
     """
     batch, heads, queries, dim = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
-    q = query.view(batch, kv_heads, heads // kv_heads, queries, dim)
+    q = query.reshape(batch, kv_heads, heads // kv_heads, queries, dim)
     k, v = key[:, :, None].transpose(-1, -2), value[:, :, None]
     exact = torch.promote_types(query.dtype, torch.float32)
     received = torch.zeros(batch, kv_heads, entries, dtype=torch.float32, device=query.device)
@@ -103,7 +103,7 @@ def attend_and_receive(
         if valid is not None:
             weights = weights * valid[:, None, None, rows, None]
         received += weights.sum(dim=(2, 3))
-    return torch.cat(outs, dim=3).view(batch, heads, queries, -1), received
+    return torch.cat(outs, dim=3).reshape(batch, heads, queries, -1), received
 
 
 def rotate(key: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:

@@ -131,9 +131,7 @@ def compare(
     if workers and ray:
         raise FoveateError("workers and ray exclude each other: give one of them.")
     if isinstance(model, PreTrainedModel) and model.training:
-        raise FoveateError(
-            "the model is in training mode, where dropout blurs all figures: call model.eval() first."
-        )
+        raise FoveateError("the model is in training mode, where dropout blurs all figures: call model.eval() first.")
     if isinstance(model, PreTrainedModel) and (workers or ray):
         raise FoveateError("a live model can't be sent to other processes: save it, and give its folder.")
 

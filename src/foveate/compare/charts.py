@@ -106,9 +106,7 @@ def _on_edge(point: Mapping[str, Any], edge: float) -> dict[str, Any]:
     return {**point, "y": edge, "y_low": edge, "y_high": edge, "name": name}
 
 
-def curve_chart(
-    points: Sequence[Mapping[str, Any]], look: Look, *, title: str, x: str, y: str
-) -> dict[str, Any]:
+def curve_chart(points: Sequence[Mapping[str, Any]], look: Look, *, title: str, x: str, y: str) -> dict[str, Any]:
     """A line a recipe along the text; where one of them breaks, the y axis is logarithmic and the line named.
 
     Args:
@@ -180,9 +178,7 @@ def _names(points: Sequence[Mapping[str, Any]], x: alt.X, y: alt.Y) -> alt.Chart
 def _finish(layers: Sequence[alt.Chart], title: str) -> dict[str, Any]:
     chart: Any = alt.layer(*layers)
     chart = chart.properties(width="container", height=300, description=title, background="white")
-    chart = chart.configure(
-        font="system-ui, sans-serif", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
-    )
+    chart = chart.configure(font="system-ui, sans-serif", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
     chart = chart.configure_view(stroke=None).configure_axis(
         domain=False,
         ticks=False,

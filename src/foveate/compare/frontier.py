@@ -172,9 +172,7 @@ def frontier(rows: Sequence[Row], cost: str, quality: str, task: str | None = No
         if spent and gained:
             points.append((loss(cost, spent), loss(quality, gained), row))
     kept = [
-        (x, y, row)
-        for x, y, row in points
-        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
+        (x, y, row) for x, y, row in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
     ]
     return [row for *_, row in sorted(kept, key=lambda point: point[:2])]
 
@@ -184,7 +182,7 @@ def advice(cells: Iterable[Mapping[str, Any]], tolerance: float = 0.01) -> str:
 
     A recipe keeps it when its perplexity over that of `full` (the paired ratio's upper end, where there is
     one) is at most 1 + tolerance on every text, and no passkey score is lower beyond its interval.
-    Cheapest is the smallest share of the cache, then the fastest decoding.
+    Cheapest is the smallest share of the cache, then the fastest decoding, then the lower perplexity.
 
     Example:
         >>> advice([])
@@ -217,13 +215,12 @@ def _advice(rows: list[Row], tolerance: float) -> str:
         changes = {task: row.changes[task]["passkey"] for task in passkeys}
         return [task for task, change in changes.items() if change.real and change.value < 0]
 
-    def cost(row: Row) -> tuple[float, float]:
+    def cost(row: Row) -> tuple[float, float, float]:
         cache, speed = row.cost("cache_fraction", texts[0]), row.figure("decode_speedup")
-        return cache.value if cache else 1.0, -speed.value if speed and not speed.covers(1) else -1.0
+        share = round(cache.value, 2) if cache else 1.0  # what is shown as the same percentage is the same
+        return share, -speed.value if speed and not speed.covers(1) else -1.0, ratio(row).value
 
-    measured = [
-        row for row in rows if row is not full and all(task in row.changes for task in texts + passkeys)
-    ]
+    measured = [row for row in rows if row is not full and all(task in row.changes for task in texts + passkeys)]
     if not measured:
         return "no advice: no recipe beside `full` came through all the tasks that judge quality."
     kept = [row for row in measured if ratio(row).high <= 1 + tolerance and not lost(row)]

@@ -148,9 +148,7 @@ def parse_tasks(tasks: Iterable[TaskLike]) -> list[Task]:
     return parsed
 
 
-def cells(
-    model: str, recipes: Sequence[Recipe], tasks: Sequence[Task], setting: Mapping[str, Any]
-) -> list[Cell]:
+def cells(model: str, recipes: Sequence[Recipe], tasks: Sequence[Task], setting: Mapping[str, Any]) -> list[Cell]:
     """The grid's cells, all recipes of a task together: a run that is stopped early can still be compared.
 
     Example:

@@ -56,9 +56,7 @@ def write_report(run: Path | Sequence[Cell], out: Path) -> Path:
     """
     cells = read_cells(run) if isinstance(run, str | Path) else list(run)
     if not cells:
-        raise FoveateError(
-            "A report was asked for, but no cell is finished yet: let `foveate compare` run first."
-        )
+        raise FoveateError("A report was asked for, but no cell is finished yet: let `foveate compare` run first.")
     page = render(cells)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -66,9 +64,7 @@ def write_report(run: Path | Sequence[Cell], out: Path) -> Path:
         os.replace(unfinished, out)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise FoveateError(
-            f"The report can't be written to {out}: {error.strerror}. Name another place."
-        ) from error
+        raise FoveateError(f"The report can't be written to {out}: {error.strerror}. Name another place.") from error
     return out
 
 
@@ -230,14 +226,10 @@ def _passkeys(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for task, group in _by_task(cells, "cases").items():
         depths = sorted({case["depth"] for cell in group for case in cell["artifacts"]["cases"]})
         recipes = {
-            cell["label"]: [
-                [case for case in cell["artifacts"]["cases"] if case["depth"] == depth] for depth in depths
-            ]
+            cell["label"]: [[case for case in cell["artifacts"]["cases"] if case["depth"] == depth] for depth in depths]
             for cell in group
         }
-        tables.append(
-            {"task": task, "depths": [f"{100 * depth:.0f}%" for depth in depths], "recipes": recipes}
-        )
+        tables.append({"task": task, "depths": [f"{100 * depth:.0f}%" for depth in depths], "recipes": recipes})
     return tables
 
 
@@ -249,9 +241,7 @@ def _held(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             held = cell["artifacts"]["held"]
             recipes = passages.setdefault((task, tuple(held["tokens"])), [])
             recipes.append({"label": cell["label"], "heads": held["heads"], "of": held["of"]})
-    return [
-        {"task": task, "tokens": tokens, "recipes": recipes} for (task, tokens), recipes in passages.items()
-    ]
+    return [{"task": task, "tokens": tokens, "recipes": recipes} for (task, tokens), recipes in passages.items()]
 
 
 def _by_task(cells: Sequence[Cell], artifact: str) -> dict[str, list[Cell]]:

@@ -27,9 +27,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, finished: int, cells: int):
-        super().__init__(
-            f"stopped with {finished} of {cells} cells finished: the same command goes on there."
-        )
+        super().__init__(f"stopped with {finished} of {cells} cells finished: the same command goes on there.")
         self.finished, self.cells = finished, cells
 
 

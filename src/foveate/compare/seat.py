@@ -118,9 +118,7 @@ class Source:
 
     def open(self) -> Bench:
         if self.versions is not None and versions() != self.versions:
-            raise FoveateError(
-                f"the run was started with {self.versions}, but here is {versions()}: install the same."
-            )
+            raise FoveateError(f"the run was started with {self.versions}, but here is {versions()}: install the same.")
         model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)
         if self.weights is not None and weights_digest(model) != self.weights:
             raise FoveateError(

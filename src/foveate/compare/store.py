@@ -63,9 +63,7 @@ class RunFolder:
         """Raise FoveateError unless the folder could be made, or is a run made by the same arguments."""
         there = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
         if not there.is_dir():
-            raise FoveateError(
-                f"{self.path} can't be a run's folder, as {there} is a file: give another --out."
-            )
+            raise FoveateError(f"{self.path} can't be a run's folder, as {there} is a file: give another --out.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise FoveateError(f"{there} can't be written to: give another --out.")
         if there != self.path:

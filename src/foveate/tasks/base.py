@@ -108,7 +108,7 @@ def task(name: str) -> Callable[[C], C]:
     return TASKS.register(name)
 
 
-STEP = 24
+STEP = 32
 """About how many tokens of a long forward take as long as one forward of a single token: for `Task.cost`."""
 
 
