@@ -118,6 +118,17 @@ def test_every_technique_stands_on_its_roles_page(role):
             assert cls.paper is None or f"]({cls.paper.url}), {cls.paper.year}" in page
 
 
+def test_every_module_but_techniques_and_tasks_stands_in_the_design():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for path in (ROOT / "src" / "foveate").rglob("*.py"):
+        if path.parent.name in ("depth", "prune", "tasks") and path.name != "base.py":
+            continue
+        if path.stem in {cls.__module__.rpartition(".")[2] for cls in METHODS.all().values()}:
+            continue
+        if path.name not in ("__init__.py", "version.py", "errors.py"):
+            assert re.search(rf"[`/]{path.name}`", page), f"docs/design.md says nothing of {path.name}"
+
+
 def test_every_task_and_field_stands_on_the_tasks_page():
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     for name, cls in TASKS.all().items():

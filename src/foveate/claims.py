@@ -94,3 +94,7 @@ class Stream:
     def over(self, other: Stream) -> Metric:
         """This perplexity over another's on the same chunks, with a paired interval."""
         return perplexity_ratio(self.nll, other.nll, self.tokens)
+
+    def below(self, other: Stream) -> bool:
+        """Whether this perplexity is lower by more than the interval of their ratio."""
+        return self.over(other).high < 1
