@@ -19,7 +19,7 @@ from foveate.claims import CLAIMS, Claim
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
 from foveate.methods import METHODS, Method
-from foveate.models.load import load
+from foveate.models.load import load, model_name
 from foveate.specs import nearest
 from foveate.tasks.base import Bench
 from foveate.version import __version__
@@ -104,7 +104,7 @@ def verify(
     verdicts = []
     for name in chosen:
         bench = Bench(live, tokenizer, text, lambda done, name=name: progress(name, done))  # type: ignore[misc]
-        verdict = try_claim(CLAIMS[name](), bench, model)
+        verdict = try_claim(CLAIMS[name](), bench, model_name(live))
         verdicts.append(verdict)
         if folder is not None:
             write(folder / f"{name}.json", json.dumps(vars(verdict), indent=1, ensure_ascii=False) + "\n")
@@ -113,7 +113,7 @@ def verify(
     return verdicts
 
 
-def try_claim(claim: Claim, bench: Bench, model_name: str) -> Verdict:
+def try_claim(claim: Claim, bench: Bench, model: str) -> Verdict:
     """Run one experiment, or say that it needs a device."""
     if claim.needs == "cuda" and bench.model.device.type != "cuda":
         return Verdict(claim.method, claim.statement, claim.setting, "needs device")
@@ -124,7 +124,7 @@ def try_claim(claim: Claim, bench: Bench, model_name: str) -> Verdict:
         claim.statement,
         claim.setting,
         "holds" if all(finding.checks.values()) else "fails",
-        f"{model_name}, {str(bench.model.dtype).removeprefix('torch.')}, {bench.model.device.type}",
+        f"{model}, {str(bench.model.dtype).removeprefix('torch.')}, {bench.model.device.type}",
         {name: {k: round(v, 6) for k, v in metric.to_json().items()} for name, metric in finding.metrics.items()},
         finding.checks,
         round(time.perf_counter() - start, 1),

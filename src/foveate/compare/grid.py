@@ -47,11 +47,11 @@ PROFILES = {
             "drop-attention:keep=0.87+h2o:keep=0.5",
         ),
         tasks=(
-            "perplexity:tokens=3072,window=1024",
+            "perplexity:tokens=2048,window=1024",
             "passkey:cases=4,tokens=512",
             "held",
             "generate:samples=2,prompt=256,tokens=32",
-            "speed:prompt=512,tokens=16,repeats=3",
+            "speed:prompt=512,tokens=12,repeats=3",
         ),
     ),
     "standard": Profile(
