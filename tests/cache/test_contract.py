@@ -107,7 +107,7 @@ def test_bfloat16(model, policy):
     with apply(half, f"{policy}:keep=1"):
         ours, cache = step_through(half, PROMPT, [30] + [1] * 10)
     assert cache.layers[0].keys.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), full.float(), atol=0.15, rtol=0.1)
+    assert (ours - full).float().norm() < 0.03 * full.float().norm()  # two orders of rounding of 8 bits each
     with apply(half, f"{policy}:keep=0.3"):
         assert torch.isfinite(step_through(half, PROMPT, [30] + [1] * 10)[0]).all()
 

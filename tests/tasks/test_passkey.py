@@ -74,8 +74,8 @@ def test_what_cannot_run_is_told_before_it_runs(bench):
 
 
 def test_the_default_model_finds_keys_with_its_full_cache_and_not_without_the_text(smollm2_bench):
-    task = Passkey(cases=3, tokens=1024)
+    task = Passkey(cases=8, tokens=1024)
     task.check(smollm2_bench)
-    assert task.run(smollm2_bench).metrics["passkey"].value == 1
+    assert task.run(smollm2_bench).metrics["passkey"].value >= 7 / 8  # all, where this was written
     outcome = Passkey(cases=1, tokens=1024).measure(smollm2_bench, Recipe.of("streaming:keep=0.1"))
     assert outcome.metrics["passkey"].value == 0

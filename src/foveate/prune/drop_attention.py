@@ -23,8 +23,8 @@ from foveate.tasks.perplexity import Perplexity
 class DropAttention(Pruner):
     """Remove the attention sublayers whose output, residual included, is most like their input.
 
-    A sublayer's score is 1 - cos(x, x + Attention(Norm(x))), averaged over calibration tokens (section 3 of the
-    paper); the lowest scores leave in one shot, their weights and their part of the cache with them.
+    A sublayer's score is 1 - cos(x, x + Attention(Norm(x))), averaged over calibration tokens, as the paper
+    does; the lowest scores leave in one shot, their weights and their part of the cache with them.
 
     Fields: `keep`, the fraction of attention sublayers that stay.
 
@@ -111,7 +111,7 @@ def attention_change(model: PreTrainedModel, calibration: Tensor) -> Tensor:
 class CosineFindsWhatCanGo(Claim):
     statement: ClassVar[str] = (
         "attention sublayers that are chosen by cosine can be dropped with little loss (half of them in a 70B model, "
-        "at 2.4% lower scores and 48% more speed); other layers of the same number cost far more (tables 1 and 2)"
+        "at 2.4% lower scores and 48% more speed); other layers of the same number cost far more (abstract)"
     )
     setting: ClassVar[str] = (
         "4 of the attention sublayers, scored on 2,048 tokens of calibration text; 2,048 tokens of evaluation text; "
