@@ -13,7 +13,7 @@ from foveate.measure.bootstrap import mean
 from foveate.tasks.base import STEP, Bench, Outcome, Task, cache_metrics, decode, passages, read, task
 
 SENTENCE = "\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n"
-QUESTION = "\n\nWhat was the pass key?\n\nThe pass key is"
+QUESTION = "\n\nWhat was the pass key? Remember it: the pass key is"
 SPARE = 3  # tokens of the answer beyond the digits: a space before them, a full stop after
 ROOM = 32  # tokens that question and answer take at most, with a tokenizer of words or pieces of words
 
