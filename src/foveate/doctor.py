@@ -13,6 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cache import CachePolicy
 from foveate.methods import METHODS
 from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, cache_dir, default_model_path
 from foveate.version import __version__
@@ -117,7 +118,8 @@ def _paths() -> dict[str, str]:
     """Which code each role runs here, and why."""
     place = "the GPU in bfloat16" if torch.cuda.is_available() else "the CPU in float32"
     classes = METHODS.all().values()
-    receiving = [cls.name for cls in classes if getattr(cls, "needs_received", False)]
+    policies = [cls for cls in classes if issubclass(cls, CachePolicy)]
+    receiving = [cls.name for cls in policies if cls.received is not CachePolicy.received]
     return {
         "all": f"on {place} unless --device or --dtype say otherwise",
         "cache": "scaled_dot_product_attention over the entries held; "

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
 from foveate.models.load import tokenizer_for
-from foveate.specs import Registry, Spec
+from foveate.specs import Registry, Spec, split_outside, value_text
 
 C = TypeVar("C", bound=type)
 
@@ -155,9 +155,10 @@ class Recipe:
                 raise FoveateError(f"the recipe file {what} can't be read: {error.strerror}.") from error
             return cls.from_yaml(text)
         if isinstance(what, str):
-            if not what.strip() or any(not part.strip() for part in what.split("+")):
+            parts = split_outside(what, "+")
+            if any(not part.strip() for part in parts):
                 raise FoveateError(f"{what!r} is no recipe: write name:field=value+name:..., or full.")
-            return cls(tuple(METHODS.parse(part) for part in what.split("+")))
+            return cls(tuple(METHODS.parse(part) for part in parts))
         return cls(tuple(m for part in what for m in cls.of(part).methods))
 
     def to_text(self) -> str:
@@ -168,6 +169,7 @@ class Recipe:
         items: list[Any] = []
         for m in self.methods:
             given = {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if getattr(m, f.name) != f.default}
+            given = {k: value_text(v) if isinstance(v, Spec) else v for k, v in given.items()}
             items.append({m.name: given} if given else m.name)
         return yaml.safe_dump(items, sort_keys=False)
 

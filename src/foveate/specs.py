@@ -21,18 +21,21 @@ C = TypeVar("C", bound=type)
 class Spec:
     """A frozen dataclass that has a short name and a text form, `name:field=value,...`.
 
-    Fields may be `int`, `float`, `bool`, `str`, or one of these or None. The text form leaves out fields that are
-    at their defaults, so that equal specs have equal texts.
+    Fields may be `int`, `float`, `bool`, `str`, a spec that has a registry of its own, or one of these or None. The
+    text form leaves out fields that are at their defaults, so that equal specs have equal texts. A spec within a spec
+    has its fields in brackets: `h2o:keep=0.2,budget=pyramid(slope=4)`.
     """
 
     name: ClassVar[str]
+    registry: ClassVar[Any] = None
+    """The `Registry` that knows this sort of spec, where other specs have fields of it."""
     positional: ClassVar[str | None] = None
     """The field that takes a value written without `field=`, as in `lm-eval:hellaswag`."""
 
     def to_text(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = [
-            str(given[f.name]) if f.name == self.positional else f"{f.name}={_value_text(given[f.name])}"
+            str(given[f.name]) if f.name == self.positional else f"{f.name}={value_text(given[f.name])}"
             for f in dataclasses.fields(self)
             if given[f.name] != f.default
         ]
@@ -42,7 +45,11 @@ class Spec:
         return self.to_text()
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A field's value as it stands in a spec's text."""
+    if isinstance(value, Spec):
+        name, colon, rest = value.to_text().partition(":")
+        return f"{name}({rest})" if colon else name
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -54,6 +61,8 @@ def _parse_value(cls: type[Spec], key: str, text: Any) -> Any:
         return None
     raw = str(text).strip()
     for kind in allowed:
+        if isinstance(kind, type) and issubclass(kind, Spec):
+            return text if isinstance(text, kind) else kind.registry.parse(_unbracketed(raw))
         if kind is bool and raw.lower() in ("true", "false"):
             return raw.lower() == "true"
         if kind in (int, float):
@@ -65,6 +74,34 @@ def _parse_value(cls: type[Spec], key: str, text: Any) -> Any:
             return raw
     names = " or ".join(k.__name__ for k in allowed if k is not type(None))
     raise FoveateError(f"{cls.name}: {key}={raw} can't be read as {names}.")
+
+
+def _unbracketed(text: str) -> str:
+    """`name(field=value)` as `name:field=value`."""
+    match = re.fullmatch(r"([^():]*)\((.*)\)", text)
+    return f"{match[1]}:{match[2]}" if match else text
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split at a separator (one character) wherever it stands outside of brackets.
+
+    Raises:
+        FoveateError: a bracket without its other half.
+
+    Example:
+        >>> split_outside("keep=0.2,budget=heads(whole=0.1,least=8)", ",")
+        ['keep=0.2', 'budget=heads(whole=0.1,least=8)']
+    """
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    if depth:
+        raise FoveateError(f"{text!r} has a bracket without its other half: write name(field=value).")
+    return pieces
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -129,7 +166,7 @@ class Registry(Generic[S]):
         if colon and not rest.strip():
             raise FoveateError(f"{text!r} ends in a colon: write {name} alone, or {name}:field=value.")
         values: dict[str | None, Any] = {}
-        for part in rest.split(",") if rest else ():
+        for part in split_outside(rest, ",") if rest else ():
             key, equals, value = part.partition("=")
             slot = key.strip() if equals else None
             if slot in values:
@@ -146,7 +183,7 @@ def split_specs(text: str) -> list[str]:
         ['full', 'h2o:keep=0.2,recent=0.3', 'window:keep=0.2']
     """
     specs: list[str] = []
-    for piece in text.split(","):
+    for piece in split_outside(text, ","):
         if specs and re.match(r"\s*\w+\s*=", piece):
             specs[-1] += "," + piece.strip()
         elif piece.strip():

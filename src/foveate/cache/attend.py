@@ -70,17 +70,17 @@ def attend_and_receive(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    valid: Tensor | None,
+    gain: Tensor | None,
     *,
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, and what each entry received: the attention weights summed over queries and grouped heads.
 
-    Weights are made for a block of queries at a time, so memory grows linearly with the entries.
+    `gain`, float32 (batch or 1, query), is what each query counts for (None = 1 each; 0 for padding). Weights are made for a block of queries at a time, so memory grows linearly with the entries.
 
     Returns:
-        out (batch, head, query, head_dim); received (batch, kv_head, entry), float32. Padding gives nothing.
+        out (batch, head, query, head_dim); received (batch, kv_head, entry), float32.
     """
     batch, heads, queries, dim = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
@@ -100,8 +100,8 @@ def attend_and_receive(
             logits = logits.masked_fill(~(block[:, :, None] if block.dim() == 4 else block), -torch.inf)
         weights = logits.softmax(dim=-1)
         outs.append(weights.to(value.dtype) @ v)
-        if valid is not None:
-            weights = weights * valid[:, None, None, rows, None]
+        if gain is not None:
+            weights = weights * gain[:, None, None, rows, None]
         received += weights.sum(dim=(2, 3))
     return torch.cat(outs, dim=3).reshape(batch, heads, queries, -1), received
 

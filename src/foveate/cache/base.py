@@ -13,7 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.cache.entries import CacheView
+from foveate.cache.budgets.base import Budget
+from foveate.cache.budgets.uniform import Uniform
+from foveate.cache.entries import CacheView, Received
 from foveate.cache.session import in_force
 from foveate.errors import FoveateError
 from foveate.methods import Method, Target, check_fraction
@@ -25,27 +27,32 @@ class CachePolicy(Method):
     """Base of all cache policies. A technique overrides `score`; eviction, budgets, sinks and positions are here.
 
     Fields:
-        keep: budget, the fraction of the prompt's tokens that each KV head holds; of `context` where the caller of
-            `apply` states one. The prompt is what came in forwards of more than one token; it is rounded down, but
+        keep: the fraction of the prompt's tokens that a KV head holds on the average; of `context` where the caller
+            of `apply` states one. The prompt is what came in forwards of more than one token; it is rounded down, but
             never below `sinks` + 1. Generated tokens don't raise it. `keep=1` without a stated context keeps
             everything, generated tokens too.
-        entries: budget, the number of entries that each KV head holds. Exactly one of `keep` and `entries` is given.
+        entries: the number of entries that a KV head holds on the average. Exactly one of `keep` and `entries` is
+            given.
+        budget: how these are spread over layers and KV heads: `uniform`, `pyramid`, ... (`foveate.cache.budgets`).
         sinks: this many first tokens of the text are never evicted.
         recent: this fraction of the budget is reserved for the most recent tokens (never less than the last one).
         positions: "text": entries keep their positions in the text. "cache": entries are renumbered by their place
             in the cache whenever they are attended to, so that distances never exceed the budget; needs rotary
             positions.
+        grows: whether `keep` is a fraction of all tokens so far, generated ones too.
     """
 
     role: ClassVar[str] = "cache"
-    needs_received: ClassVar[bool] = False
-    """Whether `score` reads `view.received`; attention is slower where it is wanted."""
+    merges: ClassVar[bool] = False
+    """Whether `merge` is to be asked before entries go."""
 
     keep: float | None = None
     entries: int | None = None
+    budget: Budget = Uniform()
     sinks: int = 0
     recent: float = 0.0
     positions: str = "text"
+    grows: bool = False
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.entries is None):
@@ -66,6 +73,7 @@ class CachePolicy(Method):
             raise FoveateError(f"{self.name}: recent={self.recent} is outside [0, 1]: it is a fraction of the budget.")
         if self.positions not in ("text", "cache", "auto"):
             raise FoveateError(f"{self.name}: positions={self.positions} is not one of text, cache, auto.")
+        self.budget.check(self.name, self.keep)
 
     @abstractmethod
     def score(self, view: CacheView) -> Tensor:
@@ -74,8 +82,26 @@ class CachePolicy(Method):
         Sinks, the recent window and empty slots are the base's: their scores are overruled.
         """
 
+    def received(self) -> Received | None:
+        """Which attention weights `view.received` sums; None: `score` doesn't read it, and attention is faster."""
+        return None
+
+    def observe(self, view: CacheView) -> None:
+        """Called in each forward, before `score`, also where nothing is evicted; may note things in `view.state`."""
+
+    def merge(self, kept: CacheView, gone: CacheView) -> tuple[Tensor, Tensor] | None:
+        """New keys and values, in the shapes of the kept ones, that make up for what goes; None: it just goes.
+
+        Asked only of a policy that sets `merges`.
+        """
+        return None
+
+    def watches(self) -> Received | None:
+        """What is noted of the attention that entries receive: for the policy's scores, or for the budget."""
+        return self.received() or (Received() if self.budget.measured else None)
+
     def capacity(self, prompt: int, context: int | None) -> int | None:
-        """Entries that a KV head of a sequence may hold; None = without limit."""
+        """Entries that a KV head of a sequence may hold on the average; None = without limit."""
         if self.entries is not None:
             return self.entries
         if self.keep == 1 and context is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,39 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from foveate.cache.attend import rotate
+from foveate.cache.budgets.base import allot
+from foveate.cache.packed import Entries, Packed
 from foveate.errors import FoveateError
 
 if TYPE_CHECKING:
     from foveate.cache.base import CachePolicy
+    from foveate.cache.coders.base import Coder
+
+
+@dataclass(frozen=True)
+class Received:
+    """Which attention weights an entry's `received` sums: over the query heads of its group, and over queries.
+
+    Attributes:
+        forget: a weight counts by `forget` to the power of the queries that came since; 1 = all alike.
+        last: only about the last so many queries count. Of a forward of at least so many tokens, exactly these;
+            in shorter ones, what was there fades by 1/last with each token.
+    """
+
+    forget: float = 1.0
+    last: int | None = None
+
+    def weights(self, age: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a forward: the weights of its queries, and of what was received before; float32, broadcast together.
+
+        Args:
+            age: (batch or 1, query), int: the real queries of the forward that come after each.
+            new: (batch or 1, 1), int: real queries in all.
+        """
+        if self.last is not None:
+            return (age < self.last).float(), (1 - new / self.last).clamp(min=0)
+        forget = torch.tensor(self.forget, dtype=torch.float32, device=age.device)
+        return forget**age, forget**new
 
 
 @dataclass
@@ -23,11 +53,15 @@ class CacheView:
 
     Attributes:
         layer: index of the layer.
-        keys, values: (batch, kv_head, entry, head_dim), in the model's dtype.
+        keys, values: (batch, kv_head, entry, head_dim), in the model's dtype; keys as the model rotated them.
         positions: (batch, kv_head, entry), int32: positions in the text, ascending; -1 = an empty slot.
-        received: (batch, kv_head, entry), float32: attention each entry received so far, summed over queries and over
-            the query heads of its group; None unless the policy sets `needs_received`.
+        received: (batch, kv_head, entry), float32: attention each entry received so far, summed as the policy's
+            `received()` says; None where it says None.
         seen: (batch, 1, 1), int: tokens of each sequence so far, padding not counted.
+        query: (batch, head, query, head_dim): the queries of this forward, as the model rotated them.
+        query_positions: (batch, query), int64: their positions in the text.
+        valid: (batch, query), bool: False for padding among them; None = no padding.
+        state: what the policy keeps of this layer from forward to forward, by name: tensors with batch first.
     """
 
     layer: int
@@ -36,9 +70,33 @@ class CacheView:
     positions: Tensor
     received: Tensor | None
     seen: Tensor
+    query: Tensor
+    query_positions: Tensor
+    valid: Tensor | None
+    state: dict[str, Tensor]
 
 
-_BEYOND = 1 << 40
+NO_LIMIT = 1 << 40
+"""Stands for the entries of a KV head that may hold any number: beyond any length."""
+
+
+@dataclass
+class Limits:
+    """Entries that each KV head may hold, by layer: int64 (batch, kv_head, 1), and the least and most of each layer."""
+
+    of: list[Tensor]
+    least: list[int]
+    most: list[int]
+
+    @classmethod
+    def from_table(cls, table: Tensor, device: torch.device) -> Limits:
+        """From int64 (layer, batch, kv_head), on the CPU."""
+        flat = table.flatten(1)
+        return cls(list(table[..., None].to(device)), flat.amin(1).tolist(), flat.amax(1).tolist())
+
+    @property
+    def any(self) -> bool:
+        return min(self.least) < NO_LIMIT
 
 
 @dataclass
@@ -50,8 +108,10 @@ class Step:
         start, end: (batch, 1, 1), int64: real tokens of each sequence before and after.
         positions: (batch, new), int64: the tokens' positions in the text.
         valid: (batch, new), bool: False for padding; None = no padding.
-        capacity: entries that a KV head of each sequence may hold after; None = without limit.
-        limits: the same, (batch, 1, 1), int64, on the device; without limit = a number beyond any length.
+        limits: what each KV head may hold after; None: that is known only when all layers have been measured.
+        gain: float32 (batch or 1, new), the weight of each query's attention in what entries receive; None = 1, and
+            `fade`: float32 (batch or 1, 1, 1), the weight of what was received before.
+        waiting: where limits are not known yet, what each layer's eviction will need.
     """
 
     new: int
@@ -59,35 +119,72 @@ class Step:
     end: Tensor
     positions: Tensor
     valid: Tensor | None
-    capacity: list[int | None]
-    limits: Tensor
+    limits: Limits | None
+    gain: Tensor | None
+    fade: Tensor | None
+    waiting: list[tuple[PolicyLayer, CacheView, int | None]] = field(default_factory=list)
 
 
 class PolicyLayer(CacheLayerMixin):
-    """The entries of one layer: keys and values (batch, kv_head, entry, head_dim), positions, attention received."""
+    """The entries of one layer: padded while the layer is at work; packed in between, where that is smaller."""
 
-    keys: Any  # Tensor, or None before the first update; so are the next three
-    values: Any
-    positions: Any
-    received: Any
+    entries: Entries | Packed | None
+    state: dict[str, Tensor]
+    seen: int
     dense: bool
+    """There are no empty slots."""
     thinned: bool
+    """Something has been evicted."""
 
-    def __init__(self, index: int, policy: CachePolicy):
-        super().__init__()
-        self.index, self.policy = index, policy
+    def __init__(self, index: int, policy: CachePolicy, coder: Coder | None):
+        self.index, self.policy, self.coder = index, policy, coder
         self.reset()
+
+    @property
+    def padded(self) -> Entries | None:
+        """The entries in their padded form; None before the first forward."""
+        if isinstance(self.entries, Packed):
+            return self.entries.unpack(self.coder, self.dtype, self.index)
+        return self.entries
+
+    @property
+    def keys(self) -> Any:  # type: ignore[override]
+        """(batch, kv_head, entry, head_dim); None before the first forward, as are the next three."""
+        return None if self.entries is None else self.padded.keys  # type: ignore[union-attr]
+
+    @property
+    def values(self) -> Any:  # type: ignore[override]
+        return None if self.entries is None else self.padded.values  # type: ignore[union-attr]
+
+    @property
+    def positions(self) -> Any:
+        if isinstance(self.entries, Packed):
+            return self.entries.text_positions()
+        return None if self.entries is None else self.entries.positions
+
+    @property
+    def received(self) -> Any:
+        return None if self.entries is None else self.padded.received  # type: ignore[union-attr]
 
     def held(self) -> Tensor:
         """Entries that each KV head holds: int (batch, kv_head)."""
-        return (self.positions >= 0).sum(-1) if self.positions is not None else torch.zeros(1, 1, dtype=torch.int64)
+        if isinstance(self.entries, Packed):
+            return self.entries.counts
+        return torch.zeros(1, 1, dtype=torch.int64) if self.entries is None else (self.entries.positions >= 0).sum(-1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, kv_heads = key_states.shape[:2]
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.positions = torch.empty(batch, kv_heads, 0, dtype=torch.int32, device=key_states.device)
-        if self.policy.needs_received:
-            self.received = torch.empty(batch, kv_heads, 0, dtype=torch.float32, device=key_states.device)
+        empty = torch.empty(batch, kv_heads, 0, dtype=torch.int32, device=key_states.device)
+        self.entries = Entries(
+            key_states[:, :, :0],
+            value_states[:, :, :0],
+            empty,
+            None if self.policy.watches() is None else empty.float(),
+        )
+        if self.coder is not None:
+            self.entries.key_codes, self.entries.value_codes = self.coder.encode(
+                self.index, self.entries.keys, self.entries.values, empty
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -99,87 +196,168 @@ class PolicyLayer(CacheLayerMixin):
         self.dense = self.dense and step.valid is None
         new = step.positions if step.valid is None else step.positions.masked_fill(~step.valid, -1)
         new = new[:, None].expand(*key_states.shape[:3]).to(key_states.device, torch.int32)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
-        self.positions = torch.cat([self.positions, new], dim=2)
-        if self.received is not None:
-            self.received = torch.cat([self.received, torch.zeros_like(new, dtype=torch.float32)], dim=2)
-        return self.keys, self.values
+        old = self.padded
+        assert old is not None  # initialised
+        added = Entries(key_states, value_states, new)
+        if old.received is not None:
+            added.received = torch.zeros_like(new, dtype=torch.float32)
+        if self.coder is not None:
+            added.key_codes, added.value_codes = self.coder.encode(self.index, key_states, value_states, new)
+        self.entries = old.followed_by(added)
+        return self.entries.keys, self.entries.values
 
     def moved_keys(self, step: Step, inv_freq: Tensor) -> Tensor:
         """The keys, renumbered by their place in the cache as seen from the tokens just appended.
 
         Distances are all that rotary attention sees: the new tokens stay where they are, the others move up to them.
         """
-        live = self.positions >= 0
+        keys, positions = self.working.keys, self.working.positions
+        live = positions >= 0
         rank = live.cumsum(-1) - 1
         before = live[..., : -step.new].sum(-1, keepdim=True)
-        shift = step.start.to(live.device) - before + rank - self.positions
-        return rotate(self.keys, shift.masked_fill(~live, 0), inv_freq)
+        shift = step.start.to(live.device) - before + rank - positions
+        return rotate(keys, shift.masked_fill(~live, 0), inv_freq)
 
-    def evict(self, step: Step, sliding_window: int | None) -> None:
-        """Keep as many entries as the step allows, and none that the layer's own window hides from the next token."""
-        slots, capacity = self.positions.shape[-1], step.capacity
-        most = max(slots if limit is None else min(limit, slots) for limit in capacity)
+    @property
+    def working(self) -> Entries:
+        """The entries, while a forward is at work on them."""
+        assert isinstance(self.entries, Entries)  # from `update` to `evict`
+        return self.entries
+
+    def view(self, step: Step, query: Tensor) -> CacheView:
+        e = self.working
+        device = query.device
+        return CacheView(
+            self.index,
+            e.keys,
+            e.values,
+            e.positions,
+            e.received,
+            step.end.to(device),
+            query,
+            step.positions.to(device),
+            None if step.valid is None else step.valid.to(device),
+            self.state,
+        )
+
+    def receive(self, received: Tensor, step: Step) -> None:
+        """Add what the entries received in this forward, float32 (batch, kv_head, entry)."""
+        e = self.working
+        assert e.received is not None  # it is only made where it is wanted
+        e.received = received + (e.received if step.fade is None else e.received * step.fade)
+
+    def finish(self, step: Step, query: Tensor, sliding_window: int | None) -> None:
+        """The layer has attended: let the policy look, and evict."""
+        view = self.view(step, query)
+        self.policy.observe(view)
+        if step.limits is None:
+            step.waiting.append((self, view, sliding_window))
+        else:
+            self.evict(view, step.limits, sliding_window)
+
+    def evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
+        """Keep as many entries as the limits allow, and none that the layer's own window hides from the next token."""
+        self._evict(view, limits, sliding_window)
+        ragged = limits.least[self.index] != limits.most[self.index] and self.thinned
+        if self.coder is not None or ragged:
+            self.entries = Packed.of(self.working, self.coder)
+
+    def _evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
+        positions, policy = view.positions, self.policy
+        slots, least = positions.shape[-1], limits.least[self.index]
+        most = min(limits.most[self.index], slots)
         if sliding_window is not None:
             most = min(most, sliding_window)
-        least = min(slots if limit is None else limit for limit in capacity)
         if slots <= min(least, most):
             return
-        policy = self.policy
-        seen, limits = step.end.to(self.positions.device), step.limits.to(self.positions.device)
-        score = policy.score(CacheView(self.index, self.keys, self.values, self.positions, self.received, seen)).float()
-        recent = torch.minimum((limits * policy.recent).long(), limits - policy.sinks).clamp(min=1)
-        score = score.masked_fill(self.positions >= seen - recent, torch.finfo(torch.float32).max)
-        score = score.masked_fill(self.positions < policy.sinks, torch.inf)
-        hidden = self.positions < 0
+        limit = limits.of[self.index]
+        score = policy.score(view).float()
+        recent = torch.minimum((limit * policy.recent).long(), limit - policy.sinks).clamp(min=1)
+        score = score.masked_fill(positions >= view.seen - recent, torch.finfo(torch.float32).max)
+        score = score.masked_fill(positions < policy.sinks, torch.inf)
+        hidden = positions < 0
         if sliding_window is not None:
-            hidden = hidden | (self.positions <= seen - sliding_window)
+            hidden = hidden | (positions <= view.seen - sliding_window)
         score = score.masked_fill(hidden, -torch.inf)
-        if self.dense and sliding_window is None and slots == most + 1:  # in decoding: one goes, the rest close up
-            index = torch.arange(most, device=seen.device)
+        if self.dense and sliding_window is None and slots == most + 1 == least + 1:
+            # In decoding: one goes, the rest close up.
+            index = torch.arange(most, device=score.device)
             index = index + (index >= score.argmin(dim=-1, keepdim=True))
-            self._take(index, self.positions.gather(-1, index))
+            kept = self.working.take(index, positions.gather(-1, index))
         else:
-            kept = score.topk(most, dim=-1)
-            empty = (torch.arange(most, device=seen.device) >= limits) | (kept.values == -torch.inf)
-            positions = self.positions.gather(-1, kept.indices).masked_fill(empty, -1)
-            positions, order = positions.sort(dim=-1)  # empty slots first, then in the text's order
-            self._take(kept.indices.gather(-1, order), positions)
+            best = score.topk(most, dim=-1)
+            empty = (torch.arange(most, device=score.device) >= limit) | (best.values == -torch.inf)
+            at = positions.gather(-1, best.indices).masked_fill(empty, -1)
+            at, order = at.sort(dim=-1)  # empty slots first, then in the text's order
+            index = best.indices.gather(-1, order)
+            kept = self.working.take(index, at)
+            self.dense = self.dense and sliding_window is None and least == limits.most[self.index]
+        if policy.merges:
+            self._merge(view, kept, index)
+        self.entries = kept
         self.thinned = True
-        self.dense = self.dense and sliding_window is None
 
-    def _take(self, index: Tensor, positions: Tensor) -> None:
-        wide = index[..., None]
-        self.keys = self.keys.gather(2, wide.expand(-1, -1, -1, self.keys.shape[-1]))
-        self.values = self.values.gather(2, wide.expand(-1, -1, -1, self.values.shape[-1]))
-        if self.received is not None:
-            self.received = self.received.gather(2, index)
-        self.positions = positions
+    def _merge(self, view: CacheView, kept: Entries, index: Tensor) -> None:
+        """Let the policy change what is kept by what goes."""
+        stays = torch.zeros_like(view.positions, dtype=torch.bool)
+        stays.scatter_(-1, index, kept.positions >= 0)
+        gone = dataclasses.replace(view, positions=view.positions.masked_fill(stays, -1))
+        held = dataclasses.replace(
+            view, keys=kept.keys, values=kept.values, positions=kept.positions, received=kept.received
+        )
+        merged = self.policy.merge(held, gone)
+        if merged is None:
+            return
+        changed = ((merged[0] != kept.keys) | (merged[1] != kept.values)).any(-1, keepdim=True)
+        kept.keys, kept.values = merged
+        if self.coder is not None and kept.key_codes is not None and kept.value_codes is not None:
+            codes = self.coder.encode(self.index, *merged, kept.positions)
+            kept.key_codes = torch.where(changed, codes[0], kept.key_codes)
+            kept.value_codes = torch.where(changed, codes[1], kept.value_codes)
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.positions.shape[-1] if self.positions is not None else 0) + query_length, 0
+        if isinstance(self.entries, Packed):
+            return self.entries.slots + query_length, 0
+        return (0 if self.entries is None else self.entries.positions.shape[-1]) + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.1x
 
+    def change(self, made: Any) -> None:
+        """Make a change to the entries in their padded form, and to the state by the same function."""
+        packed, padded = isinstance(self.entries, Packed), self.padded
+        if padded is not None:
+            entries = made(padded)
+            self.entries = Packed.of(entries, self.coder) if packed else entries
+
     def rows(self, pick: Any) -> None:
         """Replace every tensor by `pick` of it; batch comes first in all of them."""
-        for name in ("keys", "values", "positions", "received"):
-            if isinstance(tensor := getattr(self, name), Tensor):
-                setattr(self, name, pick(tensor))
+        self.change(lambda entries: entries.each(pick))
+        self.state = {name: pick(x) for name, x in self.state.items()}
+
+    def forget_from(self, counts: Tensor) -> None:
+        """Drop the entries at positions `counts`, int64 (batch,), and beyond."""
+
+        def cut(entries: Entries) -> Entries:
+            gone = entries.positions >= counts.view(-1, 1, 1).to(entries.positions.device)
+            positions, order = entries.positions.masked_fill(gone, -1).sort(dim=-1, stable=True)
+            first = order.shape[-1] - int((positions >= 0).sum(-1).max())
+            return entries.take(order[..., first:], positions[..., first:])
+
+        self.change(cut)
+        self.dense = self.dense and not self.thinned
 
     def reset(self) -> None:
-        self.keys = self.values = self.positions = self.received = None
+        self.entries = None
+        self.state = {}
         self.is_initialized = False
         self.seen = 0
-        self.dense = True  # there are no empty slots
-        self.thinned = False  # something has been evicted
+        self.dense, self.thinned = True, False
 
 
 class PolicyCache(Cache):
@@ -191,16 +369,20 @@ class PolicyCache(Cache):
 
     layers: list[PolicyLayer]  # type: ignore[assignment]
 
-    def __init__(self, policy: CachePolicy, layers: int, context: int | None):
-        self.policy, self.context = policy, context
+    def __init__(
+        self, policy: CachePolicy, layers: int, context: int | None, weights: Tensor | None, coder: Coder | None
+    ):
+        self.policy, self.context, self.weights = policy, context, weights
         self.step: Step | None = None
         self.reset()
-        super().__init__(layers=[PolicyLayer(i, policy) for i in range(layers)])
+        super().__init__(layers=[PolicyLayer(i, policy, coder) for i in range(layers)])
 
     def reset(self) -> None:
         self.seen = 0  # columns, padding included: what transformers counts
         self.counts: Tensor | None = None  # (batch,) int64, on the CPU: real tokens of each sequence
         self.prompt: Tensor | None = None  # (batch,) of these, tokens that came in forwards of more than one
+        self.measured: Tensor | None = None  # (layer, batch, kv_head): the budget's weights, where it measures them
+        self.limits: Limits | None = None
         for layer in getattr(self, "layers", ()):
             layer.reset()
 
@@ -209,16 +391,49 @@ class PolicyCache(Cache):
         start = torch.zeros(batch, dtype=torch.int64) if self.counts is None else self.counts
         end = start + (new if valid is None else valid.sum(-1).cpu())
         order = torch.arange(new, device=device) if valid is None else valid.long().cumsum(-1) - 1
-        if new > 1 or self.prompt is None:
+        watches, gain, fade = self.policy.watches(), None, None
+        if watches is not None and (valid is not None or watches != Received()):
+            real = torch.ones(1, new, dtype=torch.bool, device=device) if valid is None else valid
+            count = real.sum(-1, keepdim=True)
+            gain, faded = watches.weights(count - real.long().cumsum(-1), count)
+            gain, fade = gain * real, faded[..., None]
+        reading = new > 1 or self.prompt is None
+        if reading or self.policy.grows:
             self.prompt = end
-        capacity = [self.policy.capacity(int(n), self.context) for n in self.prompt]
-        limits = torch.tensor([_BEYOND if c is None else c for c in capacity]).view(-1, 1, 1).to(device)
+        if reading and self.weights is None:
+            self.limits = None  # the budget measures this forward first
+        elif reading or self.policy.grows or self.limits is None:  # it stays the same while tokens are generated
+            self.limits = self._limits(device)
         before, after = start.view(-1, 1, 1).to(device), end.view(-1, 1, 1).to(device)
         self.after = end
-        self.step = Step(new, before, after, before[:, 0] + order, valid, capacity, limits)
+        self.step = Step(new, before, after, before[:, 0] + order, valid, self.limits, gain, fade)
+
+    def _limits(self, device: torch.device) -> Limits:
+        """What each KV head may hold, of the prompt as far as it is known."""
+        assert self.prompt is not None  # begin ran
+        weights = self.measured
+        if weights is None:
+            assert self.weights is not None  # known before the text, or measured
+            weights = self.weights[:, None].expand(-1, len(self.prompt), -1)
+        table = torch.full(weights.shape, NO_LIMIT, dtype=torch.int64)
+        for row, prompt in enumerate(self.prompt.tolist()):
+            mean = self.policy.capacity(prompt, self.context)
+            if mean is not None:
+                most = max(prompt, self.context or 0, mean)
+                table[:, row] = allot(weights[:, row], mean, min(mean, self.policy.sinks + 1), most)
+        return Limits.from_table(table, device)
 
     def finish(self) -> None:
         """The forward is through."""
+        step = self.step
+        if step is not None and step.waiting:
+            # The budget measures every layer; one that holds nothing (it is skipped) takes no part.
+            shares = {layer.index: self.policy.budget.measure(view).float().cpu() for layer, view, _ in step.waiting}
+            none = torch.zeros_like(next(iter(shares.values())))
+            self.measured = torch.stack([shares.get(i, none) for i in range(len(self.layers))])
+            self.limits = self._limits(step.end.device)
+            for layer, view, sliding_window in step.waiting:
+                layer.evict(view, self.limits, sliding_window)
         if self.step is not None:
             self.counts, self.seen, self.step = self.after, self.seen + self.step.new, None
 
@@ -237,6 +452,8 @@ class PolicyCache(Cache):
             layer.rows(pick)
         if self.counts is not None and self.prompt is not None:
             self.counts, self.prompt = pick(self.counts), pick(self.prompt)
+        self.measured = None if self.measured is None else pick(self.measured.transpose(0, 1)).transpose(0, 1)
+        self.limits = None  # they follow the rows
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -257,10 +474,6 @@ class PolicyCache(Cache):
         self.counts = (self.counts - remove).clamp(min=0)
         self.prompt = torch.minimum(self.prompt, self.counts)
         for layer in self.layers:
-            if layer.positions is not None:
-                gone = layer.positions >= self.counts.view(-1, 1, 1).to(layer.positions.device)
-                positions, order = layer.positions.masked_fill(gone, -1).sort(dim=-1, stable=True)
-                most = int((positions >= 0).sum(-1).max())
-                layer._take(order[..., order.shape[-1] - most :], positions[..., order.shape[-1] - most :])
+            if layer.is_initialized:
+                layer.forget_from(self.counts)
                 layer.seen -= remove
-                layer.dense = layer.dense and not layer.thinned

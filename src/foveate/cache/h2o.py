@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from foveate.cache.base import CachePolicy
-from foveate.cache.entries import CacheView
+from foveate.cache.entries import CacheView, Received
 from foveate.cache.random import Random
 from foveate.claims import Claim, Finding, Streams, claim
 from foveate.methods import Paper, method
@@ -40,9 +40,10 @@ class H2O(CachePolicy):
         "https://arxiv.org/abs/2306.14048",
     )
     claim: ClassVar[str] = "a fifth of the entries, recent ones and heavy hitters, nearly keeps the quality"
-    needs_received: ClassVar[bool] = True
-
     recent: float = 0.5
+
+    def received(self) -> Received:
+        return Received()
 
     def score(self, view: CacheView) -> Tensor:
         assert view.received is not None  # asked for above

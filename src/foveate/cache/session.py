@@ -25,6 +25,7 @@ from foveate.models.caches import replaced_cache
 
 if TYPE_CHECKING:
     from foveate.cache.base import CachePolicy
+    from foveate.cache.coders.base import Coder
 
 _NAME = "foveate"
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -37,7 +38,7 @@ def in_force(policy: CachePolicy, target: Target) -> Iterator[None]:
     model, parts = target.model, anatomy(target.model)
     if any(layer.attention in _SESSIONS for layer in parts.layers):
         raise FoveateError(f"{policy.name}: another cache policy is in force on this model: leave its block first.")
-    session = Session(policy, parts, target.context)
+    session = Session(policy, parts, target)
     before = model.config._attn_implementation
     for layer in parts.layers:
         _SESSIONS[layer.attention] = session
@@ -65,15 +66,18 @@ def _replaceable(cache: Cache) -> bool:
 class Session:
     """A policy in force on a model: it starts caches, and attends on the one that the present forward uses."""
 
-    def __init__(self, policy: CachePolicy, parts: Anatomy, context: int | None):
-        self.policy, self.parts, self.context = policy, parts, context
+    def __init__(self, policy: CachePolicy, parts: Anatomy, target: Target):
+        self.policy, self.parts, self.context = policy, parts, target.context
+        self.weights = None if policy.budget.measured else policy.budget.weights(target, policy.keep)
+        self.coder: Coder | None = None
+        self.watches = policy.watches() is not None
         self.index = {layer.attention: layer.index for layer in parts.layers}
         renumbers = policy.renumbers(parts)
         self.inv_freq = {layer.index: parts.inv_freq(layer.index) if renumbers else None for layer in parts.layers}
         self.cache: PolicyCache | None = None
 
     def new_cache(self) -> PolicyCache:
-        return PolicyCache(self.policy, len(self.parts.layers), self.context)
+        return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder)
 
     def begin(self, cache: Cache | None, inputs: dict[str, Any]) -> None:
         ids: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
@@ -114,7 +118,8 @@ class Session:
         inv_freq = self.inv_freq[index]
         if layer is not None and layer.thinned and inv_freq is not None:
             key = layer.moved_keys(step, inv_freq)
-        wanted = layer is not None and layer.received is not None and any(c is not None for c in step.capacity)
+        # What is received decides nothing as long as nothing may ever be evicted.
+        wanted = layer is not None and self.watches and (step.limits is None or step.limits.any)
 
         dense = valid is None if layer is None else layer.dense
         beyond = sliding_window is not None and self.book.seen + new > sliding_window
@@ -124,7 +129,7 @@ class Session:
             if layer is None:
                 positions = (at if valid is None else at.masked_fill(~valid, -1))[:, None]
             else:
-                positions = layer.positions
+                positions = layer.working.positions
             mask = visible(at, positions, valid, sliding_window if beyond else None)
         elif new == slots and not wanted:
             causal = True
@@ -132,12 +137,12 @@ class Session:
             mask = torch.ones(1, 1, new, slots, dtype=torch.bool, device=query.device).tril(slots - new)
 
         if layer is not None and wanted:
-            out, received = attend_and_receive(query, key, value, mask, valid, scaling=scaling, softcap=softcap)
-            layer.received += received
+            out, received = attend_and_receive(query, key, value, mask, step.gain, scaling=scaling, softcap=softcap)
+            layer.receive(received, step)
         else:
             out = attend(query, key, value, mask, causal=causal, scaling=scaling, softcap=softcap)
         if layer is not None:
-            layer.evict(step, sliding_window)
+            layer.finish(step, query, sliding_window)
         return out
 
 

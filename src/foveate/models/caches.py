@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +27,21 @@ def cache_bytes(cache: Cache) -> int:
     """
     storages: dict[int, int] = {}
     for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor) and value.numel() > 1:
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+        for value in _tensors(vars(layer)):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _tensors(parts: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors of more than one number among an object's parts, and among the parts of its data classes."""
+    for value in parts.values():
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _tensors(vars(value))
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int, *, batch: int = 1) -> int:

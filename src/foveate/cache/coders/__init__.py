@@ -1,0 +1,1 @@
+"""Coders: how many bits an entry takes."""
