@@ -61,6 +61,8 @@ class CacheView:
         query: (batch, head, query, head_dim): the queries of this forward, as the model rotated them.
         query_positions: (batch, query), int64: their positions in the text.
         valid: (batch, query), bool: False for padding among them; None = no padding.
+        inv_freq: (rotary_dim / 2,): the radians a position with which the model rotated keys and queries, as
+            `attend.rotate` takes them; None where positions are not rotary.
         state: what the policy keeps of this layer from forward to forward, by name: tensors with batch first.
     """
 
@@ -73,6 +75,7 @@ class CacheView:
     query: Tensor
     query_positions: Tensor
     valid: Tensor | None
+    inv_freq: Tensor | None
     state: dict[str, Tensor]
 
 
@@ -224,7 +227,7 @@ class PolicyLayer(CacheLayerMixin):
         assert isinstance(self.entries, Entries)  # from `update` to `evict`
         return self.entries
 
-    def view(self, step: Step, query: Tensor) -> CacheView:
+    def view(self, step: Step, query: Tensor, inv_freq: Tensor | None) -> CacheView:
         e = self.working
         device = query.device
         return CacheView(
@@ -237,6 +240,7 @@ class PolicyLayer(CacheLayerMixin):
             query,
             step.positions.to(device),
             None if step.valid is None else step.valid.to(device),
+            inv_freq,
             self.state,
         )
 
@@ -244,11 +248,12 @@ class PolicyLayer(CacheLayerMixin):
         """Add what the entries received in this forward, float32 (batch, kv_head, entry)."""
         e = self.working
         assert e.received is not None  # it is only made where it is wanted
+        received = received.detach()
         e.received = received + (e.received if step.fade is None else e.received * step.fade)
 
-    def finish(self, step: Step, query: Tensor, sliding_window: int | None) -> None:
+    def finish(self, step: Step, query: Tensor, inv_freq: Tensor | None, sliding_window: int | None) -> None:
         """The layer has attended: let the policy look, and evict."""
-        view = self.view(step, query)
+        view = self.view(step, query, inv_freq)
         self.policy.observe(view)
         if step.limits is None:
             step.waiting.append((self, view, sliding_window))
@@ -370,9 +375,15 @@ class PolicyCache(Cache):
     layers: list[PolicyLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, policy: CachePolicy, layers: int, context: int | None, weights: Tensor | None, coder: Coder | None
+        self,
+        policy: CachePolicy,
+        layers: int,
+        context: int | None,
+        weights: Tensor | None,
+        coder: Coder | None,
+        renumbers: bool,
     ):
-        self.policy, self.context, self.weights = policy, context, weights
+        self.policy, self.context, self.weights, self.renumbers = policy, context, weights, renumbers
         self.step: Step | None = None
         self.reset()
         super().__init__(layers=[PolicyLayer(i, policy, coder) for i in range(layers)])
@@ -436,6 +447,13 @@ class PolicyCache(Cache):
                 layer.evict(view, self.limits, sliding_window)
         if self.step is not None:
             self.counts, self.seen, self.step = self.after, self.seen + self.step.new, None
+
+    def reach(self) -> int:
+        """The largest distance, in positions as attention sees them, from the last token back to an entry held."""
+        if self.renumbers:
+            return max(int(layer.held().max()) for layer in self.layers)
+        oldest = [p.masked_fill(p < 0, self.seen).min() for layer in self.layers if (p := layer.positions) is not None]
+        return self.seen - int(min(oldest))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

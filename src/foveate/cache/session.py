@@ -1,55 +1,47 @@
 """A policy in force on a model: how attention finds the cache, and the cache the policy.
 
-The model's attention interface is pointed at `_attention`, and each attention module at its session. In each layer
-transformers calls `PolicyCache.update` with the new keys and values, then `_attention`, which attends over what is held
-and what is new, notes what each entry received where the policy wants to know, and lets the layer evict.
+In each layer transformers calls `PolicyCache.update` with the new keys and values, then `Session.attention`, which
+attends over what is held and what is new, notes what each entry received where the policy wants to know, and lets the
+layer evict.
 """
 
 from __future__ import annotations
 
-import weakref
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
+from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from foveate.cache.attend import attend, attend_and_receive, visible
 from foveate.cache.entries import PolicyCache
 from foveate.errors import FoveateError
 from foveate.methods import Target
 from foveate.models.anatomy import Anatomy, anatomy
+from foveate.models.attention import Call, replaced_attention
 from foveate.models.caches import replaced_cache
 
 if TYPE_CHECKING:
     from foveate.cache.base import CachePolicy
     from foveate.cache.coders.base import Coder
 
-_NAME = "foveate"
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
-"""Which policy is in force on an attention module: how the attention interface finds its way back."""
+FAR = 64
+"""Whether tokens look back beyond the model's positions is checked every so many tokens."""
 
 
 @contextmanager
 def in_force(policy: CachePolicy, target: Target) -> Iterator[None]:
     """The policy, on the target's model, until the block ends."""
-    model, parts = target.model, anatomy(target.model)
-    if any(layer.attention in _SESSIONS for layer in parts.layers):
-        raise FoveateError(f"{policy.name}: another cache policy is in force on this model: leave its block first.")
-    session = Session(policy, parts, target)
-    before = model.config._attn_implementation
-    for layer in parts.layers:
-        _SESSIONS[layer.attention] = session
-    model.set_attn_implementation(_NAME)
-    try:
-        with replaced_cache(model, session.new_cache, _replaceable, session.begin, session.end):
-            yield
-    finally:
-        model.set_attn_implementation(before)
-        for layer in parts.layers:
-            _SESSIONS.pop(layer.attention, None)
+    model = target.model
+    session = Session(policy, anatomy(model), target)
+    with (
+        replaced_attention(model, session.attention, policy.name),
+        replaced_cache(model, session.new_cache, _replaceable, session.begin, session.end),
+    ):
+        yield
 
 
 def _replaceable(cache: Cache) -> bool:
@@ -71,13 +63,13 @@ class Session:
         self.weights = None if policy.budget.measured else policy.budget.weights(target, policy.keep)
         self.coder: Coder | None = None
         self.watches = policy.watches() is not None
-        self.index = {layer.attention: layer.index for layer in parts.layers}
-        renumbers = policy.renumbers(parts)
-        self.inv_freq = {layer.index: parts.inv_freq(layer.index) if renumbers else None for layer in parts.layers}
+        self.renumbers = policy.renumbers(parts)
+        self.inv_freq = {layer.index: parts.inv_freq(layer.index) for layer in parts.layers}
         self.cache: PolicyCache | None = None
+        self.warned, self.checked = False, parts.max_positions // FAR
 
     def new_cache(self) -> PolicyCache:
-        return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder)
+        return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder, self.renumbers)
 
     def begin(self, cache: Cache | None, inputs: dict[str, Any]) -> None:
         ids: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
@@ -96,27 +88,36 @@ class Session:
         # Without a cache (use_cache=False) nothing is evicted: a cache for this one forward says who sees whom.
         self.book = self.cache or self.new_cache()
         self.book.begin(batch, new, valid, ids.device)
+        longest = int(self.book.after.max())
+        if longest > self.parts.max_positions and self.parts.positions == "learned":
+            raise FoveateError(
+                f"this model has a table of {self.parts.max_positions} learned positions, and token {longest} was to "
+                "be read: no cache policy can help that; read less, or take a model with rotary positions."
+            )
 
     def end(self) -> None:
         self.book.finish()
+        if not self.warned and self.cache is not None and self.cache.seen // FAR > self.checked:
+            self.checked = self.cache.seen // FAR
+            if (distance := self.cache.reach()) > self.parts.max_positions:
+                self.warned = True
+                warnings.warn(
+                    f"{self.policy.name}: tokens look back {distance} positions, and this model was made for "
+                    f"{self.parts.max_positions}: expect nonsense from here on. Hold fewer entries, or take a policy "
+                    "that renumbers what it holds: streaming, or any with positions=cache.",
+                    stacklevel=2,
+                )
 
-    def attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attention(self, call: Call) -> Tensor:
+        query, key, value = call.query, call.key, call.value
+        scaling, softcap, sliding_window = call.scaling, call.softcap, call.sliding_window
         step = self.book.step
         assert step is not None  # begin ran
         valid = None if step.valid is None else step.valid.to(query.device)
-        index, new, slots = self.index[module], query.shape[2], key.shape[2]
+        index, new, slots = call.layer, query.shape[2], key.shape[2]
         layer = None if self.cache is None else self.cache.layers[index]
         inv_freq = self.inv_freq[index]
-        if layer is not None and layer.thinned and inv_freq is not None:
+        if layer is not None and layer.thinned and self.renumbers and inv_freq is not None:
             key = layer.moved_keys(step, inv_freq)
         # What is received decides nothing as long as nothing may ever be evicted.
         wanted = layer is not None and self.watches and (step.limits is None or step.limits.any)
@@ -142,26 +143,5 @@ class Session:
         else:
             out = attend(query, key, value, mask, causal=causal, scaling=scaling, softcap=softcap)
         if layer is not None:
-            layer.finish(step, query, sliding_window)
+            layer.finish(step, query, inv_freq, sliding_window)
         return out
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' attention interface: (batch, head, query, head_dim) in, (batch, query, head, head_dim) out."""
-    out = _SESSIONS[module].attention(
-        module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_NAME, _attention)
