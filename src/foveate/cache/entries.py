@@ -186,8 +186,10 @@ class PolicyLayer(CacheLayerMixin):
         )
         if self.coder is not None:
             self.entries.key_codes, self.entries.value_codes = self.coder.encode(
-                self.index, self.entries.keys, self.entries.values, empty
+                self.index, self.entries.keys, self.entries.values, empty, None
             )
+            if self.policy.tiers:
+                self.entries.tier = empty.to(torch.uint8)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -205,7 +207,8 @@ class PolicyLayer(CacheLayerMixin):
         if old.received is not None:
             added.received = torch.zeros_like(new, dtype=torch.float32)
         if self.coder is not None:
-            added.key_codes, added.value_codes = self.coder.encode(self.index, key_states, value_states, new)
+            added.key_codes, added.value_codes = self.coder.encode(self.index, key_states, value_states, new, None)
+            added.tier = None if old.tier is None else torch.zeros_like(new, dtype=torch.uint8)
         self.entries = old.followed_by(added)
         return self.entries.keys, self.entries.values
 
@@ -263,9 +266,11 @@ class PolicyLayer(CacheLayerMixin):
     def evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
         """Keep as many entries as the limits allow, and none that the layer's own window hides from the next token."""
         self._evict(view, limits, sliding_window)
+        if self.policy.tiers and self.coder is not None:
+            self._lower(view)
         ragged = limits.least[self.index] != limits.most[self.index] and self.thinned
         if self.coder is not None or ragged:
-            self.entries = Packed.of(self.working, self.coder)
+            self.entries = Packed.of(self.working, self.coder, self.index)
 
     def _evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
         positions, policy = view.positions, self.policy
@@ -302,6 +307,18 @@ class PolicyLayer(CacheLayerMixin):
         self.entries = kept
         self.thinned = True
 
+    def _lower(self, view: CacheView) -> None:
+        """Write again, in fewer bits, what the policy puts on a lower tier; nothing comes back up."""
+        e = self.working
+        assert self.coder is not None and e.tier is not None and e.key_codes is not None and e.value_codes is not None
+        held = dataclasses.replace(view, keys=e.keys, values=e.values, positions=e.positions, received=e.received)
+        tier = torch.maximum(e.tier, self.policy.tier(held))
+        lower = (tier > e.tier)[..., None]
+        codes = self.coder.encode(self.index, e.keys, e.values, e.positions, tier)
+        e.key_codes = torch.where(lower, codes[0], e.key_codes)
+        e.value_codes = torch.where(lower, codes[1], e.value_codes)
+        e.tier = tier
+
     def _merge(self, view: CacheView, kept: Entries, index: Tensor) -> None:
         """Let the policy change what is kept by what goes."""
         stays = torch.zeros_like(view.positions, dtype=torch.bool)
@@ -316,7 +333,7 @@ class PolicyLayer(CacheLayerMixin):
         changed = ((merged[0] != kept.keys) | (merged[1] != kept.values)).any(-1, keepdim=True)
         kept.keys, kept.values = merged
         if self.coder is not None and kept.key_codes is not None and kept.value_codes is not None:
-            codes = self.coder.encode(self.index, *merged, kept.positions)
+            codes = self.coder.encode(self.index, *merged, kept.positions, kept.tier)
             kept.key_codes = torch.where(changed, codes[0], kept.key_codes)
             kept.value_codes = torch.where(changed, codes[1], kept.value_codes)
 
@@ -338,7 +355,7 @@ class PolicyLayer(CacheLayerMixin):
         packed, padded = isinstance(self.entries, Packed), self.padded
         if padded is not None:
             entries = made(padded)
-            self.entries = Packed.of(entries, self.coder) if packed else entries
+            self.entries = Packed.of(entries, self.coder, self.index) if packed else entries
 
     def rows(self, pick: Any) -> None:
         """Replace every tensor by `pick` of it; batch comes first in all of them."""

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache
 from foveate.cache.attend import attend, attend_and_receive, visible
 from foveate.cache.entries import PolicyCache
 from foveate.errors import FoveateError
+from foveate.kernels import received as kernel
 from foveate.methods import Target
 from foveate.models.anatomy import Anatomy, anatomy
 from foveate.models.attention import Call, replaced_attention
@@ -26,7 +27,6 @@ from foveate.models.caches import replaced_cache
 
 if TYPE_CHECKING:
     from foveate.cache.base import CachePolicy
-    from foveate.cache.coders.base import Coder
 
 FAR = 64
 """Whether tokens look back beyond the model's positions is checked every so many tokens."""
@@ -60,9 +60,8 @@ class Session:
 
     def __init__(self, policy: CachePolicy, parts: Anatomy, target: Target):
         self.policy, self.parts, self.context = policy, parts, target.context
-        self.weights = None if policy.budget.measured else policy.budget.weights(target, policy.keep)
-        self.coder: Coder | None = None
-        self.watches = policy.watches() is not None
+        self.weights, self.coder = policy.weights(target), policy.coder(target)
+        self.watches = policy.watches()
         self.renumbers = policy.renumbers(parts)
         self.inv_freq = {layer.index: parts.inv_freq(layer.index) for layer in parts.layers}
         self.cache: PolicyCache | None = None
@@ -119,8 +118,9 @@ class Session:
         inv_freq = self.inv_freq[index]
         if layer is not None and layer.thinned and self.renumbers and inv_freq is not None:
             key = layer.moved_keys(step, inv_freq)
-        # What is received decides nothing as long as nothing may ever be evicted.
-        wanted = layer is not None and self.watches and (step.limits is None or step.limits.any)
+        # What is received decides nothing as long as nothing may be evicted, or held less well.
+        decides = self.policy.tiers or step.limits is None or step.limits.any
+        wanted = layer is not None and self.watches is not None and decides
 
         dense = valid is None if layer is None else layer.dense
         beyond = sliding_window is not None and self.book.seen + new > sliding_window
@@ -138,7 +138,14 @@ class Session:
             mask = torch.ones(1, 1, new, slots, dtype=torch.bool, device=query.device).tril(slots - new)
 
         if layer is not None and wanted:
-            out, received = attend_and_receive(query, key, value, mask, step.gain, scaling=scaling, softcap=softcap)
+            watches = self.watches
+            assert watches is not None  # by `wanted`
+            if dense and not beyond and softcap is None and new > 1 and kernel.available(query):
+                out, received = kernel.attend_and_receive(
+                    query, key, value, scaling=scaling, forget=watches.forget, last=watches.last
+                )
+            else:
+                out, received = attend_and_receive(query, key, value, mask, step.gain, scaling=scaling, softcap=softcap)
             layer.receive(received, step)
         else:
             out = attend(query, key, value, mask, causal=causal, scaling=scaling, softcap=softcap)

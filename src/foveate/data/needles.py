@@ -67,7 +67,7 @@ def needles(
         (torch.Size([1, 256]), True)
     """
     rng = random.Random(seed)
-    ids = ids.cpu()
+    source = ids.cpu()  # where the tokenizer gives its own
     found = []
     for case in range(cases):
         sentence, question = WORDINGS[case % len(WORDINGS)]
@@ -82,14 +82,14 @@ def needles(
         rest = tokens(after.format(key=key) + "\n\n", tokenizer)
         needle = torch.cat([lead, answer, rest], dim=1)
         room = length - needle.shape[1]
-        if room < 2 or ids.shape[1] <= room:
+        if room < 2 or source.shape[1] <= room:
             raise FoveateError(
-                f"there are {ids.shape[1]} tokens of calibration text, and needles in {length} tokens were asked for: "
+                f"there are {source.shape[1]} tokens of calibration text, and needles in {length} tokens were asked for: "
                 "give a longer text."
             )
-        start = rng.randrange(ids.shape[1] - room)
+        start = rng.randrange(source.shape[1] - room)
         at = round((case + rng.random()) / cases * room)
-        passage = ids[:, start : start + room]
+        passage = source[:, start : start + room]
         first = at + lead.shape[1]
         found.append(
             Needle(
