@@ -75,17 +75,16 @@ def needles(
         before, after = sentence.split("{key}", 1)
         # The key is cut into tokens as the question's answer is: with a space before it.
         lead = tokens("\n\n" + before.rstrip(), tokenizer)
-        answer = tokens(f"{question} {key}", tokenizer)
-        asked = tokens(question, tokenizer)
-        shared = int((answer[0, : asked.shape[1]] == asked[0]).long().cumprod(0).sum())
-        answer, asked = answer[:, shared:], tokens("\n\n" + question, tokenizer)
+        together, alone = tokens(f"{question} {key}", tokenizer), tokens(question, tokenizer)
+        shared = int((together[0, : alone.shape[1]] == alone[0]).long().cumprod(0).sum())
+        answer, asked = together[:, shared:], tokens("\n\n" + question, tokenizer)
         rest = tokens(after.format(key=key) + "\n\n", tokenizer)
         needle = torch.cat([lead, answer, rest], dim=1)
         room = length - needle.shape[1]
         if room < 2 or source.shape[1] <= room:
             raise FoveateError(
-                f"there are {source.shape[1]} tokens of calibration text, and needles in {length} tokens were asked for: "
-                "give a longer text."
+                f"there are {source.shape[1]} tokens of calibration text, and needles in {length} tokens were asked "
+                "for: give a longer text."
             )
         start = rng.randrange(source.shape[1] - room)
         at = round((case + rng.random()) / cases * room)

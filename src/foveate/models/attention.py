@@ -89,7 +89,9 @@ def replaced_attention(model: PreTrainedModel, attention: Attention, who: str) -
     """
     parts = anatomy(model)
     if any(layer.attention in _IN_PLACE for layer in parts.layers):
-        raise FoveateError(f"{who}: another technique that replaces attention is in force on this model: leave its block first.")
+        raise FoveateError(
+            f"{who}: another technique that replaces attention is in force on this model: leave its block first."
+        )
     before = model.config._attn_implementation
     for layer in parts.layers:
         _IN_PLACE[layer.attention] = (layer.index, attention)

@@ -56,10 +56,12 @@ def test_more_bits_are_nearer_to_the_full_cache(family):
 
 def test_entries_are_written_once():
     recipe = "h2o:entries=30,code=groups(bits=3,group=8)"
-    _, cache = read(recipe, [40])
-    first = {p: c for p, c in zip(cache.layers[1].positions[0, 0].tolist(), cache.layers[1].padded.key_codes[0, 0])}
-    _, cache = read(recipe, [40] + [1] * 20)
-    last = {p: c for p, c in zip(cache.layers[1].positions[0, 0].tolist(), cache.layers[1].padded.key_codes[0, 0])}
+
+    def codes(pieces):
+        layer = read(recipe, pieces)[1].layers[1]
+        return dict(zip(layer.positions[0, 0].tolist(), layer.padded.key_codes[0, 0], strict=True))
+
+    first, last = codes([40]), codes([40] + [1] * 20)
     both = first.keys() & last.keys() - set(range(4))
     assert len(both) > 5 and all(torch.equal(first[p], last[p]) for p in both)
 
