@@ -206,7 +206,6 @@ class Recipe:
 RecipeLike: TypeAlias = "str | Path | Method | Recipe | Iterable[str | Method]"
 
 
-
 @contextmanager
 def apply(
     model: PreTrainedModel,

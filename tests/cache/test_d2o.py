@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ IDS = torch.randint(3, 120, (1, 60), generator=torch.Generator().manual_seed(3))
 
 
 def view(keys, values, positions, state):
-    none = torch.zeros(0)
-    return CacheView(0, keys, values, positions, None, none, none, none, None, state)
+    given = {"keys": keys, "values": values, "positions": positions, "state": state}
+    return CacheView(**{f.name: given.get(f.name) for f in fields(CacheView)})
 
 
 def looped(policy, kept, gone):
@@ -169,7 +170,7 @@ def test_nothing_is_merged_into_sinks_and_empty_slots():
 
 
 def test_a_threshold_waits_where_nothing_goes():
-    policy, state = D2O(entries=4), {}
+    policy, state = D2O(entries=9), {}
     u = torch.tensor([[[0.2, 0.4], [0.0, 0.0]]])
     policy.threshold(state, u, u > 0)
     assert state["threshold"][0, 0] == pytest.approx(0.3) and bool(state["threshold"][0, 1].isnan())
@@ -193,9 +194,9 @@ def test_a_padded_batch_is_merged_as_each_alone():
         for row, length in enumerate(lengths):
             text, pad = rows[row][:, 48 - length :], 48 - length
             alone, single = read("d2o:entries=10", [pieces[0] - pad, *pieces[1:]], model, text)
-            torch.testing.assert_close(together[row, pad:], alone[0], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(together[row, pad:], alone[0], atol=1e-4, rtol=1e-4)
             for many, one in zip(cache.layers, single.layers, strict=True):
-                torch.testing.assert_close(many.state["threshold"][row], one.state["threshold"][0])
+                torch.testing.assert_close(many.state["threshold"][row], one.state["threshold"][0], atol=1e-5, rtol=0)
 
 
 def test_without_its_parts_it_is_h2o():
@@ -228,3 +229,11 @@ def test_long_texts_are_compared_in_blocks(monkeypatch):
 def test_a_bad_ema_gets_a_sentence():
     with pytest.raises(FoveateError, match="outside"):
         D2O(keep=0.2, ema=1.5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral"])
+def test_what_a_layers_own_window_hides_is_not_merged(family):
+    model, pieces = tiny(family, sliding_window=16), [30, 10, 1, 1, 1, 10, 7]
+    full, _ = read("full", pieces, model)
+    ours, _ = read("d2o:keep=1", pieces, model)
+    torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)

@@ -37,7 +37,8 @@ class Reference:
         out = torch.zeros(1, new, heads, value.shape[-1], dtype=torch.float64)
         for h in range(kv_heads):
             live = state[h]["live"] + list(range(seen, total))
-            got = state[h]["got"] | {t: 0.0 for t in range(seen, total)}
+            fade = self.counts(age=0, new=new)[1]
+            got = {t: w * fade for t, w in state[h]["got"].items()} | {t: 0.0 for t in range(seen, total)}
             tokens, keys = torch.tensor(live), key[0, h, live]
             place = torch.arange(len(live)) if self.policy.name == "streaming" else tokens
             keys = self.turned(keys, place - tokens)
@@ -49,16 +50,42 @@ class Reference:
                     weights = (keys[: at + 1] @ q[0] * scaling).softmax(0)
                     out[0, i, head] = weights @ value[0, h, live[: at + 1]]
                     for t, w in zip(live, weights.tolist(), strict=False):
-                        got[t] += w
-            state[h] = {"live": self.kept(live, got, total), "got": got}
+                        got[t] += w * self.counts(age=new - 1 - i, new=new)[0]
+            state[h] = {"live": live, "got": got}
+        everything = [dict(head) for head in state]
+        for head in state:
+            head["live"] = self.kept(head["live"], self.scores(head, everything, total), total)
         return out, None
 
-    def kept(self, live, got, total):
+    def counts(self, age, new):
+        """What the attention of a query counts, and what was received before a forward of `new` tokens."""
+        if self.policy.name == "a2sf":
+            return self.policy.forget**age, self.policy.forget**new
+        last = {"snapkv": getattr(self.policy, "window", None), "tova": 1}.get(self.policy.name)
+        return (1, 1) if last is None else (float(age < last), max(0, 1 - new / last))
+
+    def scores(self, head, everything, total):
+        p, live, got = self.policy, head["live"], head["got"]
+        if p.name in ("h2o", "a2sf"):
+            return got
+        if p.name == "tova":
+            return {t: sum(other["got"][t] for other in everything) for t in live}
+        if p.name == "snapkv":
+            own = [got[t] if t < total - p.window else 0.0 for t in live]
+            scores = {}
+            for at, t in enumerate(live):
+                near = own[max(0, at - p.kernel // 2) : at + p.kernel // 2 + 1]
+                pooled = max(near) if p.pooling == "max" else sum(near) / p.kernel
+                scores[t] = (pooled, own[at]) if t < total - p.window else (float("inf"), t)
+            return scores
+        return {t: t for t in live}
+
+    def kept(self, live, scores, total):
         live, p = list(live), self.policy
         recent = max(1, int(self.budget * p.recent))
         while len(live) > self.budget:
             may_go = [t for t in live if t >= p.sinks and t < total - recent]
-            live.remove(min(may_go, key=lambda t: got[t] if p.name == "h2o" else t))
+            live.remove(min(may_go, key=scores.__getitem__))
         return live
 
 
@@ -73,7 +100,20 @@ def logits_in(pieces, cache=None):
 
 
 @pytest.mark.parametrize(
-    "text", ["window:entries=9", "streaming:entries=9", "h2o:entries=9", "h2o:entries=10,sinks=2,recent=0.3"]
+    "text",
+    [
+        "window:entries=9",
+        "streaming:entries=9",
+        "h2o:entries=9",
+        "h2o:entries=10,sinks=2,recent=0.3",
+        "a2sf:entries=9",
+        "a2sf:entries=9,forget=0.8,recent=0.3",
+        "snapkv:entries=9,window=3,kernel=3",
+        "snapkv:entries=10,window=4,kernel=5,pooling=mean,sinks=1",
+        "snapkv:entries=5,window=7",
+        "tova:entries=9",
+        "tova:entries=10,sinks=2,recent=0.3",
+    ],
 )
 @settings(max_examples=6, deadline=None)
 @given(pieces=st.lists(st.integers(1, 9), min_size=2, max_size=7))

@@ -77,7 +77,8 @@ def attend_and_receive(
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, and what each entry received: the attention weights summed over queries and grouped heads.
 
-    `gain`, float32 (batch or 1, query), is what each query counts for (None = 1 each; 0 for padding). Weights are made for a block of queries at a time, so memory grows linearly with the entries.
+    `gain`, float32 (batch or 1, query), is what each query counts for (None = 1 each; 0 for padding). Weights are made
+    for a block of queries at a time, so memory grows linearly with the entries.
 
     Returns:
         out (batch, head, query, head_dim); received (batch, kv_head, entry), float32.

@@ -303,7 +303,7 @@ class PolicyLayer(CacheLayerMixin):
             kept = self.working.take(index, at)
             self.dense = self.dense and sliding_window is None and least == limits.most[self.index]
         if policy.merges:
-            self._merge(view, kept, index)
+            self._merge(view, kept, index, hidden)
         self.entries = kept
         self.thinned = True
 
@@ -319,11 +319,11 @@ class PolicyLayer(CacheLayerMixin):
         e.value_codes = torch.where(lower, codes[1], e.value_codes)
         e.tier = tier
 
-    def _merge(self, view: CacheView, kept: Entries, index: Tensor) -> None:
-        """Let the policy change what is kept by what goes."""
+    def _merge(self, view: CacheView, kept: Entries, index: Tensor, hidden: Tensor) -> None:
+        """Let the policy change what is kept by what goes; not by what the layer's own window hides: nobody sees it."""
         stays = torch.zeros_like(view.positions, dtype=torch.bool)
         stays.scatter_(-1, index, kept.positions >= 0)
-        gone = dataclasses.replace(view, positions=view.positions.masked_fill(stays, -1))
+        gone = dataclasses.replace(view, positions=view.positions.masked_fill(stays | hidden, -1))
         held = dataclasses.replace(
             view, keys=kept.keys, values=kept.values, positions=kept.positions, received=kept.received
         )

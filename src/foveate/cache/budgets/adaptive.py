@@ -58,7 +58,7 @@ class Adaptive(Budget):
     def measure(self, view: CacheView) -> Tensor:
         assert view.received is not None  # a measured budget's is there
         live = view.positions >= 0
-        received = view.received.detach().double().masked_fill(~live, 0)
+        received = view.received.double().masked_fill(~live, 0)
         if not self.heads:
             # After an eviction, a token may stand in another slot in each head: sum by its position in the text.
             at = view.positions.clamp(min=0).long().flatten(1)

@@ -58,7 +58,7 @@ class Density(Budget):
         assert view.received is not None  # a measured budget's is there
         live = view.positions >= 0
         count = live.sum(-1).clamp(min=2).double()  # of a single entry, the variance is 0
-        received = view.received.detach().double().masked_fill(~live, 0)
+        received = view.received.double().masked_fill(~live, 0)
         share = received / received.sum(-1, keepdim=True).clamp(min=1e-30)
         even = 1 / count
         # Shares sum to 1, so their variance is (their mean square - even^2); a single one has (even - even^2).

@@ -73,7 +73,7 @@ class Groups(Coding):
 
 
 class GroupsCoder(Coder):
-    """The coder: `low` and `range`, by layer, float32 (kv_head, 1, head_dim), are a channel's lowest value and range."""
+    """`low` and `range`, by layer, float32 (kv_head, 1, head_dim): a channel's lowest value and its range."""
 
     def __init__(self, parts: Anatomy, coding: Groups):
         super().__init__(parts)
