@@ -18,6 +18,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 
 from foveate.cache.attend import attend, attend_and_receive, visible
 from foveate.cache.entries import PolicyCache
+from foveate.cache.slots import SlotCache
 from foveate.errors import FoveateError
 from foveate.methods import Target
 from foveate.models.anatomy import Anatomy, anatomy
@@ -53,7 +54,7 @@ def in_force(policy: CachePolicy, target: Target) -> Iterator[None]:
 
 
 def _replaceable(cache: Cache) -> bool:
-    if isinstance(cache, PolicyCache):
+    if isinstance(cache, (PolicyCache, SlotCache)):
         return False
     if isinstance(cache, DynamicCache):
         return True
@@ -80,6 +81,9 @@ class Session:
         return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder)
 
     def begin(self, cache: Cache | None, inputs: dict[str, Any]) -> None:
+        self.book: PolicyCache | None = None
+        if isinstance(cache, SlotCache):
+            return  # its loop does all of it
         ids: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         batch, new = ids.shape[:2]
         mask = inputs.get("attention_mask")
@@ -98,7 +102,8 @@ class Session:
         self.book.begin(batch, new, valid, ids.device)
 
     def end(self) -> None:
-        self.book.finish()
+        if self.book is not None:
+            self.book.finish()
 
     def attention(
         self,
@@ -110,8 +115,8 @@ class Session:
         softcap: float | None,
         sliding_window: int | None,
     ) -> Tensor:
+        assert self.book is not None and self.book.step is not None  # begin ran
         step = self.book.step
-        assert step is not None  # begin ran
         valid = None if step.valid is None else step.valid.to(query.device)
         index, new, slots = self.index[module], query.shape[2], key.shape[2]
         layer = None if self.cache is None else self.cache.layers[index]
