@@ -139,6 +139,15 @@ def test_every_family(family, recipe):
     same(tiny(family).double(), IDS, recipe, 8)
 
 
+@pytest.mark.parametrize(
+    "recipe", ["streaming:entries=9", "streaming:entries=9,sinks=0", "window:entries=9,positions=cache"]
+)
+@pytest.mark.parametrize("prompt", [2, 4, 7, 30])  # shorter than the sinks, than the budget, and longer
+def test_sinks_move_along(recipe, prompt):
+    loop = same(MODEL, IDS[:, :prompt], recipe, 25)
+    assert (loop.cache.layers[0].rank is None) == (prompt >= 4 or recipe != "streaming:entries=9")
+
+
 def test_what_is_received_fades():
     from foveate.cache.entries import Received
     from foveate.cache.h2o import H2O

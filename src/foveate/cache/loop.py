@@ -79,12 +79,17 @@ class DecodeLoop:
         compile: bool = False,
         graph: bool = True,
     ):
-        self.model, self.parts = model, anatomy(model)
+        self.parts = anatomy(model)
+        self.model = self.parts.model
         policy = cache.policy if isinstance(cache, PolicyCache) else None
         _check(self.parts, policy, cache, room)
         renumbers = policy is not None and policy.renumbers(self.parts)
         self.cache = SlotCache(
-            cache, room=room, valid=attention_mask, inv_freq=self.parts.inv_freq if renumbers else lambda index: None
+            cache,
+            room=room,
+            valid=attention_mask,
+            inv_freq=self.parts.inv_freq if renumbers else lambda index: None,
+            latest=policy is not None and _tried(policy, self.parts)[1],
         )
         device, batch = self.cache.device, self.cache.next.shape[0]
         self.captures, self.compile = graph and device.type == "cuda", compile
@@ -290,6 +295,7 @@ def _compiled(parts: Anatomy, cache: SlotCache) -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (module, "forward", functools.partial(_compile(type(module).forward, dynamic=False), module))
         for module in [*norms, *mlps]
+        if "forward" not in vars(module)  # somebody else has been here
     ]
     for layer in cache.filled:
         for name in ("append", "moved_keys", "evict"):
@@ -338,14 +344,15 @@ def _check(parts: Anatomy, policy: CachePolicy | None, cache: Cache, room: int |
         raise FoveateError(f"{policy}: entries that go are merged into others, which slots don't do: {instead}")
     if any(getattr(layer, "coder", None) is not None for layer in cache.layers):
         raise FoveateError(f"{policy}: entries are held as codes, which slots don't do: {instead}")
-    if type(policy).observe is not CachePolicy.observe or not _any_order(policy, parts):
+    if type(policy).observe is not CachePolicy.observe or not _tried(policy, parts)[0]:
         raise FoveateError(
             f"{policy}: scores hang on the order of entries or on earlier forwards, and slots have neither: {instead}"
         )
 
 
-def _any_order(policy: CachePolicy, parts: Anatomy) -> bool:
-    """Whether entries score the same in any order, and nothing is noted for later: tried on made-up ones."""
+def _tried(policy: CachePolicy, parts: Anatomy) -> tuple[bool, bool]:
+    """Tried on made-up entries: whether they score the same in any order, and nothing is noted for later; and whether
+    the score is the position."""
     random = torch.Generator().manual_seed(0)
     entries, dim = 8, parts.head_dim
     keys, values = torch.randn(2, 1, parts.kv_heads, entries, dim, generator=random)
@@ -371,4 +378,6 @@ def _any_order(policy: CachePolicy, parts: Anatomy) -> bool:
         return policy.score(view).float()
 
     order = torch.randperm(entries, generator=random)
-    return torch.allclose(score(torch.arange(entries))[..., order], score(order), atol=1e-5) and not state
+    scored = score(torch.arange(entries))
+    any_order = torch.allclose(scored[..., order], score(order), atol=1e-5) and not state
+    return any_order, torch.equal(scored, positions.float())

@@ -61,7 +61,9 @@ class SlotLayer(CacheLayerMixin):
         limit: (batch, kv_head, 1), int64: entries that may be held after a step.
         slot: (regions,), int64: where the next entry goes: a free slot, or that of the entry that was evicted.
         rank: (slots of all regions,), int32: how many entries of the region come before, in the text; None where
-            entries keep their positions.
+            entries keep their positions, or only sinks move.
+        sinks: (regions * sinks,), int64: the slots of the sinks, and `whole`, (regions * sinks, head_dim): their keys
+            as they came; None unless entries are renumbered and only sinks move.
         gather: (batch, kv_head, slot), int64: the padded form of the regions; None where all have as many slots.
     """
 
@@ -78,6 +80,7 @@ class SlotLayer(CacheLayerMixin):
         limit: Tensor,
         room: int | None,
         inv_freq: Tensor | None,
+        latest: bool,
     ):
         live = entries.positions >= 0
         count = live.sum(-1).flatten()
@@ -106,13 +109,20 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = flat(entries.keys), flat(entries.values)
         self.positions = flat(entries.positions + 1) - 1
         self.received = None if entries.received is None or not self.bounded else flat(entries.received)
-        self.inv_freq, self.rank = inv_freq, None
-        if inv_freq is not None:
-            self.rank = flat(rank.int())
-            self.region = torch.arange(len(size), device=limit.device).repeat_interleave(size)
         self.lengths = count.int()
         self.slot = self.start + count
         recent, sinks = (0.0, 0) if policy is None else (policy.recent, policy.sinks)
+        self.inv_freq, self.rank, self.sinks = inv_freq, None, None
+        if inv_freq is not None:
+            from_end = live.sum(-1, keepdim=True) - rank
+            in_window = entries.positions == entries.positions.amax(-1, keepdim=True) + 1 - from_end
+            if latest and int(count.min()) >= sinks and bool((in_window | (rank < sinks))[live].all()):
+                # Sinks and an unbroken window: only sinks move, all as far, and they stay in their slots.
+                self.sinks = (self.start[:, None] + torch.arange(sinks, device=limit.device)).flatten()
+                self.whole = self.keys[self.sinks]
+            else:
+                self.rank = flat(rank.int())
+                self.region = torch.arange(len(size), device=limit.device).repeat_interleave(size)
         self.recent = torch.minimum((limit * recent).long(), limit - sinks).clamp(min=1)
         self.gather: Tensor | None = None
         if not uniform:
@@ -153,9 +163,14 @@ class SlotLayer(CacheLayerMixin):
 
     def moved_keys(self, now: Tensor) -> Tensor:
         """The keys, renumbered by their place in the cache as seen from the newest, as `PolicyLayer.moved_keys`."""
-        if self.rank is None or self.inv_freq is None:
+        if self.inv_freq is None:
             return self.keys
         first = now.expand(-1, self.kv_heads).reshape(-1) - self.lengths + 1
+        if self.sinks is not None:
+            shift = first[:, None].expand(-1, len(self.whole) // len(first)).reshape(-1)
+            self.keys.index_copy_(0, self.sinks, rotate(self.whole, shift, self.inv_freq))
+            return self.keys
+        assert self.rank is not None  # or sinks would be there
         return rotate(self.keys, first[self.region] + self.rank - self.positions, self.inv_freq)
 
     def evict(self, query: Tensor, now: Tensor) -> None:
@@ -202,6 +217,7 @@ class SlotCache(Cache):
         valid: (batch, tokens), bool: False for padding in the model's own cache; a policy's cache knows it.
         inv_freq: the rotary frequencies of each layer, by its index, where entries are renumbered by their place in
             the cache; None where they keep their positions in the text.
+        latest: whether the policy keeps the most recent entries beside its sinks.
     """
 
     layers: list[Any]
@@ -213,6 +229,7 @@ class SlotCache(Cache):
         room: int | None = None,
         valid: Tensor | None = None,
         inv_freq: Callable[[int], Tensor | None] = lambda index: None,
+        latest: bool = False,
     ):
         sources: list[Any] = list(cache.layers)
         filled = [layer for layer in sources if layer.is_initialized]
@@ -257,7 +274,7 @@ class SlotCache(Cache):
                 limit = torch.full((*layer.keys.shape[:2], 1), NO_LIMIT, device=self.device)
             else:
                 entries, limit = layer.padded, limits.of[index]
-            layers.append(SlotLayer(index, self.policy, entries, limit, room, inv_freq(index)))
+            layers.append(SlotLayer(index, self.policy, entries, limit, room, inv_freq(index), latest))
             del entries
             if limits is None:  # at once, so that no more than one layer is held twice
                 layer.keys = layer.values = None
