@@ -101,7 +101,7 @@ def make_loop(model: LlamaForCausalLM, text: str, batch: int, args: argparse.Nam
     policy = Recipe.of(text).methods[0]
     assert isinstance(policy, CachePolicy)
     weights = policy.budget.weights(Target(model, None, lambda: torch.zeros(1, 1)), policy.keep)
-    cache = PolicyCache(policy, model.config.num_hidden_layers, None, weights, None)
+    cache = PolicyCache(policy, model.config.num_hidden_layers, None, weights, None, False)
     cache.counts = cache.prompt = torch.full((batch,), args.context)
     cache.seen = args.context
     cache.limits = limits = cache._limits(model.device)

@@ -34,6 +34,9 @@ C = TypeVar("C", bound=type)
 ROOMS = ("cache", "depth", "prune")
 """The packages under `foveate` that hold techniques, a room for each role."""
 
+CALIBRATION_TOKENS = 2048
+"""Tokens of calibration text, where a method asks for no other number."""
+
 # ---- methods ----------------------------------------------------------------------------------------------------
 
 
@@ -54,12 +57,15 @@ class Target:
         model: the live model.
         context: the number of tokens that a cache budget `keep` is a fraction of, where the caller states one (a
             streaming window, say); None: the prompt, as it comes.
-        calibration: gives calibration token ids, LongTensor (1, length); called only by methods that need them.
+        calibration: gives calibration token ids, LongTensor (1, length), `CALIBRATION_TOKENS` of them or as many as
+            it is asked for, but all there are where the caller of `apply` gave them; called only where needed.
+        tokenizer: gives the model's tokenizer; called only where needed.
     """
 
     model: PreTrainedModel
     context: int | None
-    calibration: Callable[[], Tensor]
+    calibration: Callable[..., Tensor]
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
 
 
 class Method(Spec, ABC):
@@ -200,8 +206,6 @@ class Recipe:
 RecipeLike: TypeAlias = "str | Path | Method | Recipe | Iterable[str | Method]"
 
 
-CALIBRATION_TOKENS = 2048
-
 
 @contextmanager
 def apply(
@@ -238,15 +242,17 @@ def apply(
         20
     """
 
-    def calibration_ids() -> Tensor:
+    def tokenizer_() -> PreTrainedTokenizerBase:
+        return tokenizer or tokenizer_for(model)
+
+    def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
         if calibration is not None:
             return calibration.to(model.device)
-        text = load_text("prose").calibration
-        return tokens(text, tokenizer or tokenizer_for(model), CALIBRATION_TOKENS).to(model.device)
+        return tokens(load_text("prose").calibration, tokenizer_(), length).to(model.device)
 
     recipe = Recipe.of(recipe)
     with ExitStack() as stack:
-        target = Target(model, context, calibration_ids)
+        target = Target(model, context, calibration_ids, tokenizer_)
         for m in recipe.methods:
             stack.enter_context(m.applied(target))
         yield recipe

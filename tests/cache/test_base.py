@@ -89,3 +89,31 @@ def test_two_models_at_once_do_not_meddle():
         a = MODEL(IDS, use_cache=True).past_key_values
         b = other(IDS, use_cache=True).past_key_values
     assert int(a.layers[0].held().max()) == 6 and int(b.layers[0].held().max()) == 9
+
+
+@torch.no_grad()
+def read_on(model, tokens, recipe):
+    with apply(model, recipe):
+        cache = None
+        for _ in range(tokens // 16):
+            cache = model(torch.randint(3, 100, (1, 16)), past_key_values=cache, use_cache=True).past_key_values
+    return cache
+
+
+@pytest.mark.parametrize("recipe", ["window:entries=64", "streaming:entries=64", "h2o:entries=64,positions=cache"])
+def test_far_past_the_models_positions_where_distances_stay_small(recipe, recwarn):
+    read_on(tiny("llama", max_position_embeddings=128), 400, recipe)
+    assert not [w for w in recwarn if "positions" in str(w.message)]
+
+
+@pytest.mark.parametrize("recipe", ["streaming:entries=64,positions=text", "window:entries=200"])
+def test_far_past_the_models_positions_gives_a_warning_once(recipe):
+    with pytest.warns(UserWarning, match="made for 128.*streaming") as caught:
+        read_on(tiny("llama", max_position_embeddings=128), 400, recipe)
+    assert len(caught) == 1
+
+
+def test_learned_positions_end_with_a_sentence():
+    model = tiny("gpt2", max_position_embeddings=64)
+    with pytest.raises(FoveateError, match="64 learned positions, and token 80"):
+        read_on(model, 400, "window:entries=20")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveate.cache.budgets.base import Budget
 from foveate.cache.budgets.uniform import Uniform
+from foveate.cache.coders.base import Coder, Coding
 from foveate.cache.entries import CacheView, Received
 from foveate.cache.session import in_force
 from foveate.errors import FoveateError
@@ -34,6 +35,7 @@ class CachePolicy(Method):
         entries: the number of entries that a KV head holds on the average. Exactly one of `keep` and `entries` is
             given.
         budget: how these are spread over layers and KV heads: `uniform`, `pyramid`, ... (`foveate.cache.budgets`).
+        code: how entries are written, in fewer bits: `groups(bits=4)`, ... (`foveate.cache.coders`); None: as they are.
         sinks: this many first tokens of the text are never evicted.
         recent: this fraction of the budget is reserved for the most recent tokens (never less than the last one).
         positions: "text": entries keep their positions in the text. "cache": entries are renumbered by their place
@@ -46,9 +48,13 @@ class CachePolicy(Method):
     merges: ClassVar[bool] = False
     """Whether `merge` is to be asked before entries go."""
 
+    tiers: ClassVar[bool] = False
+    """Whether `tier` is to be asked which entries a coder holds less well."""
+
     keep: float | None = None
     entries: int | None = None
     budget: Budget = Uniform()
+    code: Coding | None = None
     sinks: int = 0
     recent: float = 0.0
     positions: str = "text"
@@ -96,6 +102,13 @@ class CachePolicy(Method):
         """
         return None
 
+    def tier(self, view: CacheView) -> Tensor:
+        """How well a coder is to hold each entry, uint8 (batch, kv_head, entry): 0 = best.
+
+        Asked after eviction, and only of a policy that sets `tiers` and has a `code`.
+        """
+        raise NotImplementedError(f"{self.name} sets tiers but overrides no tier")
+
     def watches(self) -> Received | None:
         """What is noted of the attention that entries receive: for the policy's scores, or for the budget."""
         return self.received() or (Received() if self.budget.measured else None)
@@ -108,6 +121,14 @@ class CachePolicy(Method):
             return None
         assert self.keep is not None  # by __post_init__
         return max(math.floor(self.keep * (context or prompt) + 1e-9), self.sinks + 1)
+
+    def coder(self, target: Target) -> Coder | None:
+        """What writes the entries of this model; None: they are held as they are."""
+        return None if self.code is None else self.code.coder(target)
+
+    def weights(self, target: Target) -> Tensor | None:
+        """How entries are spread over the KV heads, as `Budget.weights`; None: the budget measures that."""
+        return None if self.budget.measured else self.budget.weights(target, self.keep)
 
     def renumbers(self, parts: Anatomy) -> bool:
         """Whether entries are attended to at their places in the cache on this model."""

@@ -61,6 +61,8 @@ class CacheView:
         query: (batch, head, query, head_dim): the queries of this forward, as the model rotated them.
         query_positions: (batch, query), int64: their positions in the text.
         valid: (batch, query), bool: False for padding among them; None = no padding.
+        inv_freq: (rotary_dim / 2,): the radians a position with which the model rotated keys and queries, as
+            `attend.rotate` takes them; None where positions are not rotary.
         state: what the policy keeps of this layer from forward to forward, by name: tensors with batch first.
     """
 
@@ -73,6 +75,7 @@ class CacheView:
     query: Tensor
     query_positions: Tensor
     valid: Tensor | None
+    inv_freq: Tensor | None
     state: dict[str, Tensor]
 
 
@@ -183,8 +186,10 @@ class PolicyLayer(CacheLayerMixin):
         )
         if self.coder is not None:
             self.entries.key_codes, self.entries.value_codes = self.coder.encode(
-                self.index, self.entries.keys, self.entries.values, empty
+                self.index, self.entries.keys, self.entries.values, empty, None
             )
+            if self.policy.tiers:
+                self.entries.tier = empty.to(torch.uint8)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -202,7 +207,8 @@ class PolicyLayer(CacheLayerMixin):
         if old.received is not None:
             added.received = torch.zeros_like(new, dtype=torch.float32)
         if self.coder is not None:
-            added.key_codes, added.value_codes = self.coder.encode(self.index, key_states, value_states, new)
+            added.key_codes, added.value_codes = self.coder.encode(self.index, key_states, value_states, new, None)
+            added.tier = None if old.tier is None else torch.zeros_like(new, dtype=torch.uint8)
         self.entries = old.followed_by(added)
         return self.entries.keys, self.entries.values
 
@@ -224,7 +230,7 @@ class PolicyLayer(CacheLayerMixin):
         assert isinstance(self.entries, Entries)  # from `update` to `evict`
         return self.entries
 
-    def view(self, step: Step, query: Tensor) -> CacheView:
+    def view(self, step: Step, query: Tensor, inv_freq: Tensor | None) -> CacheView:
         e = self.working
         device = query.device
         return CacheView(
@@ -237,6 +243,7 @@ class PolicyLayer(CacheLayerMixin):
             query,
             step.positions.to(device),
             None if step.valid is None else step.valid.to(device),
+            inv_freq,
             self.state,
         )
 
@@ -244,11 +251,12 @@ class PolicyLayer(CacheLayerMixin):
         """Add what the entries received in this forward, float32 (batch, kv_head, entry)."""
         e = self.working
         assert e.received is not None  # it is only made where it is wanted
+        received = received.detach()
         e.received = received + (e.received if step.fade is None else e.received * step.fade)
 
-    def finish(self, step: Step, query: Tensor, sliding_window: int | None) -> None:
+    def finish(self, step: Step, query: Tensor, inv_freq: Tensor | None, sliding_window: int | None) -> None:
         """The layer has attended: let the policy look, and evict."""
-        view = self.view(step, query)
+        view = self.view(step, query, inv_freq)
         self.policy.observe(view)
         if step.limits is None:
             step.waiting.append((self, view, sliding_window))
@@ -258,9 +266,11 @@ class PolicyLayer(CacheLayerMixin):
     def evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
         """Keep as many entries as the limits allow, and none that the layer's own window hides from the next token."""
         self._evict(view, limits, sliding_window)
+        if self.policy.tiers and self.coder is not None:
+            self._lower(view)
         ragged = limits.least[self.index] != limits.most[self.index] and self.thinned
         if self.coder is not None or ragged:
-            self.entries = Packed.of(self.working, self.coder)
+            self.entries = Packed.of(self.working, self.coder, self.index)
 
     def _evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
         positions, policy = view.positions, self.policy
@@ -297,6 +307,18 @@ class PolicyLayer(CacheLayerMixin):
         self.entries = kept
         self.thinned = True
 
+    def _lower(self, view: CacheView) -> None:
+        """Write again, in fewer bits, what the policy puts on a lower tier; nothing comes back up."""
+        e = self.working
+        assert self.coder is not None and e.tier is not None and e.key_codes is not None and e.value_codes is not None
+        held = dataclasses.replace(view, keys=e.keys, values=e.values, positions=e.positions, received=e.received)
+        tier = torch.maximum(e.tier, self.policy.tier(held))
+        lower = (tier > e.tier)[..., None]
+        codes = self.coder.encode(self.index, e.keys, e.values, e.positions, tier)
+        e.key_codes = torch.where(lower, codes[0], e.key_codes)
+        e.value_codes = torch.where(lower, codes[1], e.value_codes)
+        e.tier = tier
+
     def _merge(self, view: CacheView, kept: Entries, index: Tensor) -> None:
         """Let the policy change what is kept by what goes."""
         stays = torch.zeros_like(view.positions, dtype=torch.bool)
@@ -311,7 +333,7 @@ class PolicyLayer(CacheLayerMixin):
         changed = ((merged[0] != kept.keys) | (merged[1] != kept.values)).any(-1, keepdim=True)
         kept.keys, kept.values = merged
         if self.coder is not None and kept.key_codes is not None and kept.value_codes is not None:
-            codes = self.coder.encode(self.index, *merged, kept.positions)
+            codes = self.coder.encode(self.index, *merged, kept.positions, kept.tier)
             kept.key_codes = torch.where(changed, codes[0], kept.key_codes)
             kept.value_codes = torch.where(changed, codes[1], kept.value_codes)
 
@@ -333,7 +355,7 @@ class PolicyLayer(CacheLayerMixin):
         packed, padded = isinstance(self.entries, Packed), self.padded
         if padded is not None:
             entries = made(padded)
-            self.entries = Packed.of(entries, self.coder) if packed else entries
+            self.entries = Packed.of(entries, self.coder, self.index) if packed else entries
 
     def rows(self, pick: Any) -> None:
         """Replace every tensor by `pick` of it; batch comes first in all of them."""
@@ -370,9 +392,15 @@ class PolicyCache(Cache):
     layers: list[PolicyLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, policy: CachePolicy, layers: int, context: int | None, weights: Tensor | None, coder: Coder | None
+        self,
+        policy: CachePolicy,
+        layers: int,
+        context: int | None,
+        weights: Tensor | None,
+        coder: Coder | None,
+        renumbers: bool,
     ):
-        self.policy, self.context, self.weights = policy, context, weights
+        self.policy, self.context, self.weights, self.renumbers = policy, context, weights, renumbers
         self.step: Step | None = None
         self.reset()
         super().__init__(layers=[PolicyLayer(i, policy, coder) for i in range(layers)])
@@ -436,6 +464,13 @@ class PolicyCache(Cache):
                 layer.evict(view, self.limits, sliding_window)
         if self.step is not None:
             self.counts, self.seen, self.step = self.after, self.seen + self.step.new, None
+
+    def reach(self) -> int:
+        """The largest distance, in positions as attention sees them, from the last token back to an entry held."""
+        if self.renumbers:
+            return max(int(layer.held().max()) for layer in self.layers)
+        oldest = [p.masked_fill(p < 0, self.seen).min() for layer in self.layers if (p := layer.positions) is not None]
+        return self.seen - int(min(oldest))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

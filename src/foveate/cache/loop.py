@@ -88,7 +88,8 @@ class DecodeLoop:
             cache,
             room=room,
             valid=attention_mask,
-            inv_freq=self.parts.inv_freq if renumbers else lambda index: None,
+            inv_freq=self.parts.inv_freq,
+            renumbers=renumbers,
             latest=policy is not None and _tried(policy, self.parts)[1],
         )
         device, batch = self.cache.device, self.cache.next.shape[0]
@@ -360,6 +361,7 @@ def _tried(policy: CachePolicy, parts: Anatomy) -> tuple[bool, bool]:
     positions = torch.arange(4, 4 + entries, dtype=torch.int32).expand(1, parts.kv_heads, -1)
     received = None if policy.watches() is None else torch.rand(1, parts.kv_heads, entries, generator=random)
     now = torch.tensor([[3 + entries]])
+    inv_freq = parts.inv_freq(0)
     state: dict[str, Tensor] = {}
 
     def score(order: Tensor) -> Tensor:
@@ -373,6 +375,7 @@ def _tried(policy: CachePolicy, parts: Anatomy) -> tuple[bool, bool]:
             query,
             now,
             None,
+            None if inv_freq is None else inv_freq.cpu(),
             state,
         )
         return policy.score(view).float()

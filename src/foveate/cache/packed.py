@@ -23,6 +23,7 @@ class Entries:
         received: (batch, kv_head, entry), float32, or None.
         key_codes, value_codes: (batch, kv_head, entry, bytes), uint8: the same keys and values as a coder wrote them;
             None without one.
+        tier: (batch, kv_head, entry), uint8: how well a coder holds the entry, 0 = best; None where all are alike.
     """
 
     keys: Tensor
@@ -31,6 +32,7 @@ class Entries:
     received: Tensor | None = None
     key_codes: Tensor | None = None
     value_codes: Tensor | None = None
+    tier: Tensor | None = None
 
     def each(self, change: Any) -> Entries:
         """The entries with `change` made to every tensor; batch comes first in all of them, then KV heads."""
@@ -61,11 +63,11 @@ class Packed:
     Attributes:
         counts: int32 (batch, kv_head): entries that each KV head holds; `slots`: the most.
         keys, values: (entries of all heads, head_dim); None with a coder.
-        key_codes, value_codes: (coded entries of all heads, bytes), uint8; None without a coder.
+        key_codes, value_codes: (bytes of the coded entries of all heads), uint8; None without a coder.
         whole: (2, whole entries of all heads, head_dim), keys and values; None without a coder.
         starts, lengths: int32 (runs of all heads): the first position of each run, and how many follow on it.
         positions: int32 (entries of all heads), or None: then runs are held.
-        received: float32 (entries of all heads), or None.
+        received: float32 (entries of all heads), or None. tier: uint8 likewise.
     """
 
     counts: Tensor
@@ -79,9 +81,10 @@ class Packed:
     lengths: Tensor | None
     positions: Tensor | None
     received: Tensor | None
+    tier: Tensor | None
 
     @classmethod
-    def of(cls, entries: Entries, coder: Coder | None) -> Packed:
+    def of(cls, entries: Entries, coder: Coder | None, layer: int) -> Packed:
         live = entries.positions >= 0
         flat = entries.positions[live]
         new_run = torch.ones_like(flat, dtype=torch.bool)
@@ -98,7 +101,9 @@ class Packed:
             assert entries.key_codes is not None and entries.value_codes is not None  # the layer wrote them
             first = live & (entries.positions < coder.sinks)
             rest = live & ~first
-            codes = [entries.key_codes[rest], entries.value_codes[rest]]
+            written = entries.key_codes, entries.value_codes
+            masks = _bytes_of(coder, layer, rest, entries.tier, [x.shape[-1] for x in written])
+            codes = [x[mask] for x, mask in zip(written, masks, strict=True)]
             whole = torch.stack([entries.keys[first], entries.values[first]]).to(coder.whole_dtype)
         return cls(
             counts=live.sum(-1, dtype=torch.int32),
@@ -112,6 +117,7 @@ class Packed:
             lengths=at.diff(append=at.new_tensor([len(flat)])).int() if in_runs else None,
             positions=None if in_runs else flat,
             received=None if entries.received is None else entries.received[live],
+            tier=None if entries.tier is None else entries.tier[live],
         )
 
     @property
@@ -142,13 +148,22 @@ class Packed:
             return out
 
         received = None if self.received is None else spread(self.received, live)
+        tier = None if self.tier is None else spread(self.tier, live)
         if coder is None:
             assert self.keys is not None and self.values is not None  # by `of`
-            return Entries(spread(self.keys, live), spread(self.values, live), positions, received)
+            return Entries(spread(self.keys, live), spread(self.values, live), positions, received, tier=tier)
         assert self.key_codes is not None and self.value_codes is not None and self.whole is not None
         first = live & (positions < coder.sinks)
         rest = live & ~first
-        key_codes, value_codes = spread(self.key_codes, rest), spread(self.value_codes, rest)
-        keys, values = coder.decode(layer, key_codes, value_codes, positions, dtype)
+        most = [int(x.max()) for x in coder.lengths(layer, None)]
+        masks = _bytes_of(coder, layer, rest, tier, most)
+        key_codes, value_codes = spread(self.key_codes, masks[0]), spread(self.value_codes, masks[1])
+        keys, values = coder.decode(layer, key_codes, value_codes, positions, tier, dtype)
         keys[first], values[first] = self.whole.to(dtype)
-        return Entries(keys, values, positions, received, key_codes, value_codes)
+        return Entries(keys, values, positions, received, key_codes, value_codes, tier)
+
+
+def _bytes_of(coder: Coder, layer: int, which: Tensor, tier: Tensor | None, most: list[int]) -> list[Tensor]:
+    """Which bytes of padded codes are filled, of keys and of values: bool (batch, kv_head, slots, bytes)."""
+    lengths = (x.to(which.device)[..., None] for x in coder.lengths(layer, tier))
+    return [which[..., None] & (torch.arange(n, device=which.device) < x) for x, n in zip(lengths, most, strict=True)]

@@ -1,56 +1,48 @@
 """A policy in force on a model: how attention finds the cache, and the cache the policy.
 
-The model's attention interface is pointed at `_attention`, and each attention module at its session. In each layer
-transformers calls `PolicyCache.update` with the new keys and values, then `_attention`, which attends over what is held
-and what is new, notes what each entry received where the policy wants to know, and lets the layer evict.
+In each layer transformers calls `PolicyCache.update` with the new keys and values, then `Session.attention`, which
+attends over what is held and what is new, notes what each entry received where the policy wants to know, and lets the
+layer evict.
 """
 
 from __future__ import annotations
 
-import weakref
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
+from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from foveate.cache.attend import attend, attend_and_receive, visible
 from foveate.cache.entries import PolicyCache
 from foveate.cache.slots import SlotCache
 from foveate.errors import FoveateError
+from foveate.kernels import received as kernel
 from foveate.methods import Target
 from foveate.models.anatomy import Anatomy, anatomy
+from foveate.models.attention import Call, replaced_attention
 from foveate.models.caches import replaced_cache
 
 if TYPE_CHECKING:
     from foveate.cache.base import CachePolicy
-    from foveate.cache.coders.base import Coder
 
-_NAME = "foveate"
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
-"""Which policy is in force on an attention module: how the attention interface finds its way back."""
+FAR = 64
+"""Whether tokens look back beyond the model's positions is checked every so many tokens."""
 
 
 @contextmanager
 def in_force(policy: CachePolicy, target: Target) -> Iterator[None]:
     """The policy, on the target's model, until the block ends."""
-    model, parts = target.model, anatomy(target.model)
-    if any(layer.attention in _SESSIONS for layer in parts.layers):
-        raise FoveateError(f"{policy.name}: another cache policy is in force on this model: leave its block first.")
-    session = Session(policy, parts, target)
-    before = model.config._attn_implementation
-    for layer in parts.layers:
-        _SESSIONS[layer.attention] = session
-    model.set_attn_implementation(_NAME)
-    try:
-        with replaced_cache(model, session.new_cache, _replaceable, session.begin, session.end):
-            yield
-    finally:
-        model.set_attn_implementation(before)
-        for layer in parts.layers:
-            _SESSIONS.pop(layer.attention, None)
+    model = target.model
+    session = Session(policy, anatomy(model), target)
+    with (
+        replaced_attention(model, session.attention, policy.name),
+        replaced_cache(model, session.new_cache, _replaceable, session.begin, session.end),
+    ):
+        yield
 
 
 def _replaceable(cache: Cache) -> bool:
@@ -69,16 +61,15 @@ class Session:
 
     def __init__(self, policy: CachePolicy, parts: Anatomy, target: Target):
         self.policy, self.parts, self.context = policy, parts, target.context
-        self.weights = None if policy.budget.measured else policy.budget.weights(target, policy.keep)
-        self.coder: Coder | None = None
-        self.watches = policy.watches() is not None
-        self.index = {layer.attention: layer.index for layer in parts.layers}
-        renumbers = policy.renumbers(parts)
-        self.inv_freq = {layer.index: parts.inv_freq(layer.index) if renumbers else None for layer in parts.layers}
+        self.weights, self.coder = policy.weights(target), policy.coder(target)
+        self.watches = policy.watches()
+        self.renumbers = policy.renumbers(parts)
+        self.inv_freq = {layer.index: parts.inv_freq(layer.index) for layer in parts.layers}
         self.cache: PolicyCache | None = None
+        self.warned, self.checked = False, parts.max_positions // FAR
 
     def new_cache(self) -> PolicyCache:
-        return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder)
+        return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder, self.renumbers)
 
     def begin(self, cache: Cache | None, inputs: dict[str, Any]) -> None:
         self.book: PolicyCache | None = None
@@ -100,31 +91,42 @@ class Session:
         # Without a cache (use_cache=False) nothing is evicted: a cache for this one forward says who sees whom.
         self.book = self.cache or self.new_cache()
         self.book.begin(batch, new, valid, ids.device)
+        longest = int(self.book.after.max())
+        if longest > self.parts.max_positions and self.parts.positions == "learned":
+            raise FoveateError(
+                f"this model has a table of {self.parts.max_positions} learned positions, and token {longest} was to "
+                "be read: no cache policy can help that; read less, or take a model with rotary positions."
+            )
 
     def end(self) -> None:
-        if self.book is not None:
-            self.book.finish()
+        if self.book is None:
+            return
+        self.book.finish()
+        if not self.warned and self.cache is not None and self.cache.seen // FAR > self.checked:
+            self.checked = self.cache.seen // FAR
+            if (distance := self.cache.reach()) > self.parts.max_positions:
+                self.warned = True
+                warnings.warn(
+                    f"{self.policy.name}: tokens look back {distance} positions, and this model was made for "
+                    f"{self.parts.max_positions}: expect nonsense from here on. Hold fewer entries, or take a policy "
+                    "that renumbers what it holds: streaming, or any with positions=cache.",
+                    stacklevel=2,
+                )
 
-    def attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
+    def attention(self, call: Call) -> Tensor:
+        query, key, value = call.query, call.key, call.value
+        scaling, softcap, sliding_window = call.scaling, call.softcap, call.sliding_window
         assert self.book is not None and self.book.step is not None  # begin ran
         step = self.book.step
         valid = None if step.valid is None else step.valid.to(query.device)
-        index, new, slots = self.index[module], query.shape[2], key.shape[2]
+        index, new, slots = call.layer, query.shape[2], key.shape[2]
         layer = None if self.cache is None else self.cache.layers[index]
         inv_freq = self.inv_freq[index]
-        if layer is not None and layer.thinned and inv_freq is not None:
+        if layer is not None and layer.thinned and self.renumbers and inv_freq is not None:
             key = layer.moved_keys(step, inv_freq)
-        # What is received decides nothing as long as nothing may ever be evicted.
-        wanted = layer is not None and self.watches and (step.limits is None or step.limits.any)
+        # What is received decides nothing as long as nothing may be evicted, or held less well.
+        decides = self.policy.tiers or step.limits is None or step.limits.any
+        wanted = layer is not None and self.watches is not None and decides
 
         dense = valid is None if layer is None else layer.dense
         beyond = sliding_window is not None and self.book.seen + new > sliding_window
@@ -142,31 +144,17 @@ class Session:
             mask = torch.ones(1, 1, new, slots, dtype=torch.bool, device=query.device).tril(slots - new)
 
         if layer is not None and wanted:
-            out, received = attend_and_receive(query, key, value, mask, step.gain, scaling=scaling, softcap=softcap)
+            watches = self.watches
+            assert watches is not None  # by `wanted`
+            if dense and not beyond and softcap is None and new > 1 and kernel.available(query):
+                out, received = kernel.attend_and_receive(
+                    query, key, value, scaling=scaling, forget=watches.forget, last=watches.last
+                )
+            else:
+                out, received = attend_and_receive(query, key, value, mask, step.gain, scaling=scaling, softcap=softcap)
             layer.receive(received, step)
         else:
             out = attend(query, key, value, mask, causal=causal, scaling=scaling, softcap=softcap)
         if layer is not None:
-            layer.finish(step, query, sliding_window)
+            layer.finish(step, query, inv_freq, sliding_window)
         return out
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' attention interface: (batch, head, query, head_dim) in, (batch, query, head, head_dim) out."""
-    out = _SESSIONS[module].attention(
-        module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_NAME, _attention)

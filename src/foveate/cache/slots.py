@@ -34,6 +34,7 @@ class SlotView(CacheView):
     def __init__(self, of: SlotLayer, query: Tensor, now: Tensor):
         self.of, self.layer, self.query = of, of.index, query
         self.query_positions, self.seen, self.valid, self.state = now, now[..., None] + 1, None, {}
+        self.inv_freq = of.frequencies
         self.positions = of.padded(of.positions) if of.gather is None else of.padded(of.positions, -1)
 
     @property
@@ -80,6 +81,7 @@ class SlotLayer(CacheLayerMixin):
         limit: Tensor,
         room: int | None,
         inv_freq: Tensor | None,
+        renumbers: bool,
         latest: bool,
     ):
         live = entries.positions >= 0
@@ -112,8 +114,9 @@ class SlotLayer(CacheLayerMixin):
         self.lengths = count.int()
         self.slot = self.start + count
         recent, sinks = (0.0, 0) if policy is None else (policy.recent, policy.sinks)
-        self.inv_freq, self.rank, self.sinks = inv_freq, None, None
-        if inv_freq is not None:
+        self.frequencies, self.inv_freq = inv_freq, inv_freq if renumbers else None
+        self.rank, self.sinks = None, None
+        if self.inv_freq is not None:
             from_end = live.sum(-1, keepdim=True) - rank
             in_window = entries.positions == entries.positions.amax(-1, keepdim=True) + 1 - from_end
             if latest and int(count.min()) >= sinks and bool((in_window | (rank < sinks))[live].all()):
@@ -215,8 +218,8 @@ class SlotCache(Cache):
         cache: a policy's cache, or the model's own (`DynamicCache`), after the prompt has been read.
         room: tokens that will follow at most; None = any number, where every KV head has a budget.
         valid: (batch, tokens), bool: False for padding in the model's own cache; a policy's cache knows it.
-        inv_freq: the rotary frequencies of each layer, by its index, where entries are renumbered by their place in
-            the cache; None where they keep their positions in the text.
+        inv_freq: the rotary frequencies of each layer, by its index; None where positions are not rotary.
+        renumbers: whether entries are renumbered by their place in the cache, or keep their positions in the text.
         latest: whether the policy keeps the most recent entries beside its sinks.
     """
 
@@ -229,6 +232,7 @@ class SlotCache(Cache):
         room: int | None = None,
         valid: Tensor | None = None,
         inv_freq: Callable[[int], Tensor | None] = lambda index: None,
+        renumbers: bool = False,
         latest: bool = False,
     ):
         sources: list[Any] = list(cache.layers)
@@ -274,7 +278,7 @@ class SlotCache(Cache):
                 limit = torch.full((*layer.keys.shape[:2], 1), NO_LIMIT, device=self.device)
             else:
                 entries, limit = layer.padded, limits.of[index]
-            layers.append(SlotLayer(index, self.policy, entries, limit, room, inv_freq(index), latest))
+            layers.append(SlotLayer(index, self.policy, entries, limit, room, inv_freq(index), renumbers, latest))
             del entries
             if limits is None:  # at once, so that no more than one layer is held twice
                 layer.keys = layer.values = None

@@ -1,1 +1,6 @@
-"""Coders: how many bits an entry takes."""
+"""Codings: how many bits an entry takes."""
+
+from foveate.cache.coders import groups
+from foveate.cache.coders.base import CODINGS, Coder, Coding, coding
+
+__all__ = ["CODINGS", "Coder", "Coding", "coding", "groups"]
