@@ -100,7 +100,7 @@ def make_loop(model: LlamaForCausalLM, text: str, batch: int, args: argparse.Nam
     """A loop as after a prompt of the context's length, under a policy."""
     policy = Recipe.of(text).methods[0]
     assert isinstance(policy, CachePolicy)
-    weights = policy.budget.weights(Target(model, None, lambda: torch.zeros(1, 1)), policy.keep)
+    weights = policy.weights(Target(model, None, lambda: torch.zeros(1, 1), None))
     cache = PolicyCache(policy, model.config.num_hidden_layers, None, weights, None, False)
     cache.counts = cache.prompt = torch.full((batch,), args.context)
     cache.seen = args.context
