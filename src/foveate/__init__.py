@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.version import __version__
 
 if TYPE_CHECKING:
-    from foveate.cache import CachePolicy, CacheView
+    from foveate.cache import CachePolicy, CacheView, DecodeLoop
     from foveate.catalog import catalog
     from foveate.claims import Claim, Finding, claim
     from foveate.compare import Comparison, compare
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from foveate.verify import verify
 
 _HOMES = {
-    "foveate.cache": ("CachePolicy", "CacheView"),
+    "foveate.cache": ("CachePolicy", "CacheView", "DecodeLoop"),
     "foveate.catalog": ("catalog",),
     "foveate.claims": ("Claim", "Finding", "claim"),
     "foveate.compare": ("Comparison", "compare"),

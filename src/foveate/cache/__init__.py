@@ -5,8 +5,9 @@ import pkgutil
 
 from foveate.cache.base import CachePolicy
 from foveate.cache.entries import CacheView, PolicyCache
+from foveate.cache.loop import DecodeLoop
 
 for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["CachePolicy", "CacheView", "PolicyCache"]
+__all__ = ["CachePolicy", "CacheView", "DecodeLoop", "PolicyCache"]

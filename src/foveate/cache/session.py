@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 
 from foveate.cache.attend import attend, attend_and_receive, visible
 from foveate.cache.entries import PolicyCache
+from foveate.cache.slots import SlotCache
 from foveate.errors import FoveateError
 from foveate.kernels import received as kernel
 from foveate.methods import Target
@@ -45,7 +46,7 @@ def in_force(policy: CachePolicy, target: Target) -> Iterator[None]:
 
 
 def _replaceable(cache: Cache) -> bool:
-    if isinstance(cache, PolicyCache):
+    if isinstance(cache, (PolicyCache, SlotCache)):
         return False
     if isinstance(cache, DynamicCache):
         return True
@@ -71,6 +72,9 @@ class Session:
         return PolicyCache(self.policy, len(self.parts.layers), self.context, self.weights, self.coder, self.renumbers)
 
     def begin(self, cache: Cache | None, inputs: dict[str, Any]) -> None:
+        self.book: PolicyCache | None = None
+        if isinstance(cache, SlotCache):
+            return  # its loop does all of it
         ids: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         batch, new = ids.shape[:2]
         mask = inputs.get("attention_mask")
@@ -95,6 +99,8 @@ class Session:
             )
 
     def end(self) -> None:
+        if self.book is None:
+            return
         self.book.finish()
         if not self.warned and self.cache is not None and self.cache.seen // FAR > self.checked:
             self.checked = self.cache.seen // FAR
@@ -110,8 +116,8 @@ class Session:
     def attention(self, call: Call) -> Tensor:
         query, key, value = call.query, call.key, call.value
         scaling, softcap, sliding_window = call.scaling, call.softcap, call.sliding_window
+        assert self.book is not None and self.book.step is not None  # begin ran
         step = self.book.step
-        assert step is not None  # begin ran
         valid = None if step.valid is None else step.valid.to(query.device)
         index, new, slots = call.layer, query.shape[2], key.shape[2]
         layer = None if self.cache is None else self.cache.layers[index]
