@@ -45,6 +45,8 @@ class CachePolicy(Method):
     role: ClassVar[str] = "cache"
     merges: ClassVar[bool] = False
     """Whether `merge` is to be asked before entries go."""
+    evicts: ClassVar[bool] = True
+    """Whether entries beyond the budget go. False: all stay, and the budget is what `reads` may pick of them."""
 
     keep: float | None = None
     entries: int | None = None
@@ -93,6 +95,17 @@ class CachePolicy(Method):
         """New keys and values, in the shapes of the kept ones, that make up for what goes; None: it just goes.
 
         Asked only of a policy that sets `merges`.
+        """
+        return None
+
+    def reads(self, view: CacheView, limit: Tensor, most: int) -> Tensor | None:
+        """Which entries a forward of one token attends to: index, int64 (batch, kv_head, n), -1 = none; None: all.
+
+        Asked only of a policy that does not evict, before the attention; longer forwards attend to everything. What
+        entries receive is noted of sequences that read all they hold; of the others, what was noted before stands.
+
+        Args:
+            limit: int64 (batch, kv_head, 1): entries that each KV head may read; `most`: the most of any.
         """
         return None
 

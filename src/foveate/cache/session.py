@@ -121,6 +121,21 @@ class Session:
         # What is received decides nothing as long as nothing may ever be evicted.
         wanted = layer is not None and self.watches and (step.limits is None or step.limits.any)
 
+        if layer is not None and not self.policy.evicts:
+            read = layer.reads(step, query)
+            if read is not None:
+                positions = layer.working.positions.gather(-1, read.clamp(min=0)).masked_fill(read < 0, -1)
+                who = visible(step.positions.to(query.device), positions, valid, sliding_window)
+                at = read.clamp(min=0)[..., None].expand(-1, -1, -1, key.shape[-1])
+                part = (query, key.gather(2, at), value.gather(2, at), who)
+                if wanted:
+                    out, received = attend_and_receive(*part, step.gain, scaling=scaling, softcap=softcap)
+                    layer.receive_part(received, read, step)
+                else:
+                    out = attend(*part, causal=False, scaling=scaling, softcap=softcap)
+                layer.finish(step, query, sliding_window)
+                return out
+
         dense = valid is None if layer is None else layer.dense
         beyond = sliding_window is not None and self.book.seen + new > sliding_window
         causal, mask = False, None
