@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +28,59 @@ if TYPE_CHECKING:
     from foveate.cache.coders.base import Coder
 
 _NAME = "foveate"
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
-"""Which policy is in force on an attention module: how the attention interface finds its way back."""
+
+
+class Attending(Protocol):
+    """What attends in the place of a model's attention: (batch, head, query, head_dim) in and out."""
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sliding_window: int | None,
+    ) -> Tensor: ...
+
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Attending] = weakref.WeakKeyDictionary()
+"""What is in force on an attention module: how the attention interface finds its way back."""
 
 
 @contextmanager
 def in_force(policy: CachePolicy, target: Target) -> Iterator[None]:
     """The policy, on the target's model, until the block ends."""
-    model, parts = target.model, anatomy(target.model)
-    if any(layer.attention in _SESSIONS for layer in parts.layers):
-        raise FoveateError(f"{policy.name}: another cache policy is in force on this model: leave its block first.")
+    parts = anatomy(target.model)
+    check_free(policy.name, parts)
     session = Session(policy, parts, target)
-    before = model.config._attn_implementation
+    with (
+        attending(parts, session),
+        replaced_cache(target.model, session.new_cache, _replaceable, session.begin, session.end),
+    ):
+        yield
+
+
+@contextmanager
+def attending(parts: Anatomy, session: Attending) -> Iterator[None]:
+    """The model's attention is the session's, until the block ends."""
+    before = parts.model.config._attn_implementation
     for layer in parts.layers:
         _SESSIONS[layer.attention] = session
-    model.set_attn_implementation(_NAME)
+    parts.model.set_attn_implementation(_NAME)
     try:
-        with replaced_cache(model, session.new_cache, _replaceable, session.begin, session.end):
-            yield
+        yield
     finally:
-        model.set_attn_implementation(before)
+        parts.model.set_attn_implementation(before)
         for layer in parts.layers:
             _SESSIONS.pop(layer.attention, None)
+
+
+def check_free(name: str, parts: Anatomy) -> None:
+    """Raise FoveateError where a policy is in force on the model already; `name` is who asks."""
+    if any(layer.attention in _SESSIONS for layer in parts.layers):
+        raise FoveateError(f"{name}: another cache policy is in force on this model: leave its block first.")
 
 
 def _replaceable(cache: Cache) -> bool:
