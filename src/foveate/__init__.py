@@ -12,6 +12,7 @@ from foveate.version import __version__
 
 if TYPE_CHECKING:
     from foveate.cache import CachePolicy, CacheView, DecodeLoop
+    from foveate.cache.blend import ChunkCache, blend
     from foveate.catalog import catalog
     from foveate.claims import Claim, Finding, claim
     from foveate.compare import Comparison, compare
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "foveate.cache": ("CachePolicy", "CacheView", "DecodeLoop"),
+    "foveate.cache.blend": ("ChunkCache", "blend"),
     "foveate.catalog": ("catalog",),
     "foveate.claims": ("Claim", "Finding", "claim"),
     "foveate.compare": ("Comparison", "compare"),

@@ -6,6 +6,7 @@ It is made from the methods themselves and from what `foveate verify` wrote, one
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from foveate.claims import CLAIMS
 from foveate.errors import FoveateError
-from foveate.methods import METHODS, Method, Paper
+from foveate.methods import Function, Method, Paper, techniques
 from foveate.specs import nearest
 
 CLAIMS_FOLDERS = (
@@ -34,6 +35,7 @@ class Entry:
 
     Attributes:
         name, role, claim: as the method says.
+        kind: "method", named in recipes; "function", called as `foveate.<name>`.
         fields: hyper-parameters and their defaults, as text; None: must be given.
         paper: None for common knowledge.
         verified: "holds", "fails", "needs device", "not yet" (there is an experiment that was not run), or
@@ -44,6 +46,7 @@ class Entry:
     name: str
     role: str
     claim: str
+    kind: str
     fields: dict[str, str | None]
     paper: Paper | None
     verified: str
@@ -64,18 +67,24 @@ def catalog(role: str | None = None, claims: Path | None = None) -> list[Entry]:
         >>> [entry.role for entry in catalog() if entry.name == "h2o"]
         ['cache']
     """
-    classes = METHODS.all()
-    roles = {cls.role for cls in classes.values()}
+    known = techniques()
+    roles = {each.role for each in known.values()}
     if role is not None and role not in roles:
         raise FoveateError(f"there is no role called {role!r}: {nearest(role, roles)}")
     claims = claims or next((folder for folder in CLAIMS_FOLDERS if folder.is_dir()), CLAIMS_FOLDERS[0])
-    entries = [_entry(cls, claims) for cls in classes.values() if role in (None, cls.role)]
+    entries = [_entry(each, claims) for each in known.values() if role in (None, each.role)]
     return sorted(entries, key=lambda entry: (entry.role, entry.name))
 
 
-def _entry(cls: type[Method], claims: Path) -> Entry:
-    missing = dataclasses.MISSING
-    fields = {f.name: None if f.default is missing else str(f.default) for f in dataclasses.fields(cls)}
+def _entry(cls: type[Method] | Function, claims: Path) -> Entry:
+    fields: dict[str, str | None]
+    if isinstance(cls, Function):
+        keywords = [p for p in inspect.signature(cls.call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        kind, fields = "function", {p.name: str(p.default) for p in keywords}
+    else:
+        missing = dataclasses.MISSING
+        kind = "method"
+        fields = {f.name: None if f.default is missing else str(f.default) for f in dataclasses.fields(cls)}
     verified, where = "not yet" if cls.name in CLAIMS else "no experiment", None
     result = claims / f"{cls.name}.json"
     if result.exists():
@@ -83,7 +92,12 @@ def _entry(cls: type[Method], claims: Path) -> Entry:
             verified, where = json.loads(result.read_text(encoding="utf-8"))["status"], result.as_posix()
         except (OSError, ValueError, KeyError) as error:
             raise FoveateError(f"{result} holds no claim's result: run `foveate verify {cls.name}` again.") from error
-    return Entry(cls.name, cls.role, cls.claim, fields, cls.paper, verified, where)
+    return Entry(cls.name, cls.role, cls.claim, kind, fields, cls.paper, verified, where)
+
+
+def _called(entry: Entry) -> str:
+    """The name as one writes it: in a recipe, or as a call."""
+    return f"fv.{entry.name}()" if entry.kind == "function" else entry.name
 
 
 def to_json(role: str | None = None, claims: Path | None = None) -> list[dict[str, Any]]:
@@ -91,7 +105,7 @@ def to_json(role: str | None = None, claims: Path | None = None) -> list[dict[st
 
     Example:
         >>> sorted(to_json()[0])
-        ['claim', 'fields', 'name', 'paper', 'role', 'verified', 'where']
+        ['claim', 'fields', 'kind', 'name', 'paper', 'role', 'verified', 'where']
     """
     return [dataclasses.asdict(entry) for entry in catalog(role, claims)]
 
@@ -111,7 +125,7 @@ def table(role: str | None = None, claims: Path | None = None) -> Table:
     for room in dict.fromkeys(entry.role for entry in entries):
         shown.add_row(Text(room, style="bold"))
         for entry in (each for each in entries if each.role == room):
-            shown.add_row(f"  {entry.name}", Text(entry.claim), entry.verified)
+            shown.add_row(f"  {_called(entry)}", Text(entry.claim), entry.verified)
             if (paper := entry.paper) is not None:
                 shown.add_row("", Text(f"{paper.title}, {paper.year}", f"dim link {paper.url}"))
         shown.add_section()
@@ -132,6 +146,6 @@ def markdown(claims: Path | None = None) -> str:
         for entry in (each for each in entries if each.role == role):
             fields = ", ".join(f"`{k}`" if v is None else f"`{k}={v}`" for k, v in entry.fields.items())
             paper = f"[{entry.paper.title}]({entry.paper.url}), {entry.paper.year}" if entry.paper else "-"
-            cells = (f"`{entry.name}`", fields or "-", entry.claim, paper, entry.verified)
+            cells = (f"`{_called(entry)}`", fields or "-", entry.claim, paper, entry.verified)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

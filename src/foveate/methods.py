@@ -30,6 +30,7 @@ from foveate.models.load import tokenizer_for
 from foveate.specs import Registry, Spec, split_outside, value_text
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
 
 ROOMS = ("cache", "depth", "prune")
 """The packages under `foveate` that hold techniques, a room for each role."""
@@ -112,6 +113,44 @@ def method(name: str) -> Callable[[C], C]:
         'oldest-first:keep=0.5'
     """
     return METHODS.register(name)
+
+
+# ---- techniques that are functions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Function:
+    """A published technique that is called and not applied: it is in the catalog and has a claim, but no recipe.
+
+    Attributes:
+        name, role, paper, claim: as of a method.
+        call: the function; its keyword-only arguments are the hyper-parameters.
+    """
+
+    name: str
+    role: str
+    paper: Paper
+    claim: str
+    call: Callable[..., Any]
+
+
+FUNCTIONS: dict[str, Function] = {}
+"""Functions by name; filled as the rooms are imported."""
+
+
+def function(name: str, *, role: str, paper: Paper, claim: str) -> Callable[[F], F]:
+    """Function decorator: register a technique that is a function of the package, `foveate.<name>`."""
+
+    def decorate(call: F) -> F:
+        FUNCTIONS[name] = Function(name, role, paper, claim, call)
+        return call
+
+    return decorate
+
+
+def techniques() -> dict[str, type[Method] | Function]:
+    """All that was published and is here, by name: methods and functions."""
+    return {**METHODS.all(), **FUNCTIONS}
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------------

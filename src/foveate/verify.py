@@ -18,7 +18,7 @@ import transformers
 from foveate.claims import CLAIMS, Claim
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
-from foveate.methods import METHODS, Method
+from foveate.methods import Function, Method, techniques
 from foveate.models.load import load, model_name
 from foveate.specs import nearest
 from foveate.tasks.base import Bench
@@ -47,14 +47,14 @@ class Verdict:
     date: str = ""
 
 
-def selected(names: Iterable[str] = (), role: str | None = None) -> dict[str, type[Method]]:
+def selected(names: Iterable[str] = (), role: str | None = None) -> dict[str, type[Method] | Function]:
     """The methods with a claim that the names, or the role, ask for; all of them when nothing is asked for.
 
     Example:
         >>> list(selected(["h2o"]))
         ['h2o']
     """
-    known = METHODS.all()
+    known = techniques()
     roles = {cls.role for cls in known.values()}
     if role is not None and role not in roles:
         raise FoveateError(f"there is no role called {role!r}: {nearest(role, roles)}")
@@ -147,7 +147,7 @@ def write(path: Path, text: str) -> None:
 
 def page(folder: Path) -> str:
     """Markdown that tells of every claim kept in a folder."""
-    known = METHODS.all()
+    known = techniques()
     verdicts: list[dict[str, Any]] = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
     lines = [
         "# Claims",

@@ -17,7 +17,9 @@ POLICIES = sorted(
     for name, cls in METHODS.all().items()
     if issubclass(cls, CachePolicy) and cls.__module__.startswith("foveate.")
 )
-POLICIES = [name if METHODS.all()[name].code is None else f"{name}:code=none" for name in POLICIES]  # codes are lossy
+LOSSLESS = {name: name if METHODS.all()[name].code is None else f"{name}:code=none" for name in POLICIES}
+EVICTING = [LOSSLESS[name] for name in POLICIES if METHODS.all()[name].evicts]
+POLICIES = list(LOSSLESS.values())
 
 
 def under(policy, budget):
@@ -54,7 +56,7 @@ def test_keep_1_is_the_full_cache(model, policy):
         torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVICTING)
 @pytest.mark.parametrize("budget,most", [("keep=0.25", 10), ("entries=7", 7)])
 def test_budget_is_never_exceeded(model, policy, budget, most):
     with apply(model, under(policy, f"{budget},budget=uniform")) as recipe:  # others spread the same total
@@ -79,6 +81,20 @@ def test_budget_is_never_exceeded(model, policy, budget, most):
                 assert live[: method.sinks] == list(range(method.sinks))
                 recent = max(1, min(int(most * method.recent), most - method.sinks))
                 assert live[-recent:] == list(range(seen - recent, seen))
+
+
+@pytest.mark.parametrize("policy", sorted({*POLICIES} - {*EVICTING}))
+@pytest.mark.parametrize("budget,most", [("keep=0.25", 10), ("entries=7", 7)])
+def test_where_nothing_is_evicted_no_more_than_the_budget_is_read(model, policy, budget, most):
+    with apply(model, f"{policy}:{budget}"):
+        cache, before = None, torch.zeros(1, 1)
+        for size in (40, 1, 1, 1):
+            with torch.no_grad():
+                cache = model(PROMPT[:, :size], past_key_values=cache, use_cache=True).past_key_values
+            seen, layer = cache.get_seq_length(), cache.layers[-1]
+            read, before = layer.read - before, layer.read
+            assert (layer.held() == seen).all()
+            assert (read == (seen if size > 1 else most)).all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -47,6 +47,8 @@ class CachePolicy(Method):
     role: ClassVar[str] = "cache"
     merges: ClassVar[bool] = False
     """Whether `merge` is to be asked before entries go."""
+    evicts: ClassVar[bool] = True
+    """Whether entries beyond the budget go. False: all stay, and the budget is what `reads` may pick of them."""
 
     tiers: ClassVar[bool] = False
     """Whether `tier` is to be asked which entries a coder holds less well."""
@@ -108,6 +110,17 @@ class CachePolicy(Method):
         Asked after eviction, and only of a policy that sets `tiers` and has a `code`.
         """
         raise NotImplementedError(f"{self.name} sets tiers but overrides no tier")
+
+    def reads(self, view: CacheView, limit: Tensor, most: int) -> Tensor | None:
+        """Which entries a forward of one token attends to: index, int64 (batch, kv_head, n), -1 = none; None: all.
+
+        Asked only of a policy that does not evict, before the attention; longer forwards attend to everything. What
+        entries receive is noted of sequences that read all they hold; of the others, what was noted before stands.
+
+        Args:
+            limit: int64 (batch, kv_head, 1): entries that each KV head may read; `most`: the most of any.
+        """
+        return None
 
     def watches(self) -> Received | None:
         """What is noted of the attention that entries receive: for the policy's scores, or for the budget."""

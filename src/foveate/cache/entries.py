@@ -101,6 +101,11 @@ class Limits:
     def any(self) -> bool:
         return min(self.least) < NO_LIMIT
 
+    def lifted(self) -> Limits:
+        """As many without any limit."""
+        none = [NO_LIMIT] * len(self.of)
+        return Limits([torch.full_like(limit, NO_LIMIT) for limit in self.of], none, none)
+
 
 @dataclass
 class Step:
@@ -254,6 +259,35 @@ class PolicyLayer(CacheLayerMixin):
         received = received.detach()
         e.received = received + (e.received if step.fade is None else e.received * step.fade)
 
+    def reads(self, step: Step, query: Tensor, inv_freq: Tensor | None) -> Tensor | None:
+        """Which entries the policy attends to, as its `reads` says; None = all. They are counted in `read`."""
+        read = None
+        if step.new == 1 and step.limits is not None:
+            read = self.policy.reads(
+                self.view(step, query, inv_freq), step.limits.of[self.index], step.limits.most[self.index]
+            )
+        count = ((self.working.positions if read is None else read) >= 0).sum(-1)
+        self.state["read"] = self.state["read"] + count if "read" in self.state else count
+        return read
+
+    @property
+    def read(self) -> Tensor:
+        """Of a policy that does not evict: entries that each KV head read so far, int64 (batch, kv_head).
+
+        A forward reads an entry once, however many tokens it has.
+        """
+        return self.state.get("read", torch.zeros(1, 1, dtype=torch.int64))
+
+    def receive_part(self, received: Tensor, read: Tensor, step: Step) -> None:
+        """As `receive`, of the entries at `read`, for the sequences that read all; the others stay as they are."""
+        e = self.working
+        assert e.received is not None  # it is only made where it is wanted
+        before = e.received
+        whole = ((read >= 0).sum(-1) == (e.positions >= 0).sum(-1)).all(-1)
+        at = read.clamp(min=0)
+        self.receive(torch.zeros_like(before).scatter_add(-1, at, received.masked_fill(read < 0, 0)), step)
+        e.received = torch.where(whole[:, None, None], e.received, before)
+
     def finish(self, step: Step, query: Tensor, inv_freq: Tensor | None, sliding_window: int | None) -> None:
         """The layer has attended: let the policy look, and evict."""
         view = self.view(step, query, inv_freq)
@@ -265,6 +299,8 @@ class PolicyLayer(CacheLayerMixin):
 
     def evict(self, view: CacheView, limits: Limits, sliding_window: int | None) -> None:
         """Keep as many entries as the limits allow, and none that the layer's own window hides from the next token."""
+        if not self.policy.evicts:
+            limits = limits.lifted()
         self._evict(view, limits, sliding_window)
         if self.policy.tiers and self.coder is not None:
             self._lower(view)

@@ -128,6 +128,21 @@ class Session:
         decides = self.policy.tiers or step.limits is None or step.limits.any
         wanted = layer is not None and self.watches is not None and decides
 
+        if layer is not None and not self.policy.evicts:
+            read = layer.reads(step, query, inv_freq)
+            if read is not None:
+                positions = layer.working.positions.gather(-1, read.clamp(min=0)).masked_fill(read < 0, -1)
+                who = visible(step.positions.to(query.device), positions, valid, sliding_window)
+                at = read.clamp(min=0)[..., None].expand(-1, -1, -1, key.shape[-1])
+                part = (query, key.gather(2, at), value.gather(2, at), who)
+                if wanted:
+                    out, received = attend_and_receive(*part, step.gain, scaling=scaling, softcap=softcap)
+                    layer.receive_part(received, read, step)
+                else:
+                    out = attend(*part, causal=False, scaling=scaling, softcap=softcap)
+                layer.finish(step, query, inv_freq, sliding_window)
+                return out
+
         dense = valid is None if layer is None else layer.dense
         beyond = sliding_window is not None and self.book.seen + new > sliding_window
         causal, mask = False, None

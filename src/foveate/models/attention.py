@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from foveate.errors import FoveateError
-from foveate.models.anatomy import anatomy
+from foveate.models.anatomy import Anatomy, anatomy
 
 _NAME = "foveate"
 
@@ -88,10 +88,7 @@ def replaced_attention(model: PreTrainedModel, attention: Attention, who: str) -
         FoveateError: something else stands in already.
     """
     parts = anatomy(model)
-    if any(layer.attention in _IN_PLACE for layer in parts.layers):
-        raise FoveateError(
-            f"{who}: another technique that replaces attention is in force on this model: leave its block first."
-        )
+    check_free(who, parts)
     before = model.config._attn_implementation
     for layer in parts.layers:
         _IN_PLACE[layer.attention] = (layer.index, attention)
@@ -102,6 +99,14 @@ def replaced_attention(model: PreTrainedModel, attention: Attention, who: str) -
         model.set_attn_implementation(before)
         for layer in parts.layers:
             _IN_PLACE.pop(layer.attention, None)
+
+
+def check_free(who: str, parts: Anatomy) -> None:
+    """Raise FoveateError where something stands in for the model's attention; `who` is who asks."""
+    if any(layer.attention in _IN_PLACE for layer in parts.layers):
+        raise FoveateError(
+            f"{who}: another technique that replaces attention is in force on this model: leave its block first."
+        )
 
 
 def _attention(
