@@ -164,7 +164,12 @@ def test_with_a_cache_policy_in_one_recipe(model, name, first, files):
         one = model.generate(PROMPT, max_new_tokens=5, do_sample=False, pad_token_id=0, num_beams=2)
         batch = torch.cat([padded, padded])
         two = model.generate(
-            batch, attention_mask=torch.cat([mask, mask]), max_new_tokens=5, do_sample=False, pad_token_id=0, num_beams=2
+            batch,
+            attention_mask=torch.cat([mask, mask]),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            num_beams=2,
         )
     assert torch.equal(two[0, 5:], one[0]) and torch.equal(two[1], two[0])
 

@@ -76,7 +76,9 @@ def steered_attention(
     """
     module: Any = parts.layers[index].attention
     if module in _STEERED:
-        raise FoveateError(f"{who}: the weights of layer {index} are adjusted already: give one such technique a recipe.")
+        raise FoveateError(
+            f"{who}: the weights of layer {index} are adjusted already: give one such technique a recipe."
+        )
     steering = _STEERED[module] = _Steering(parts, index, heads, adjust, memory)
 
     def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -105,8 +107,8 @@ def _attention(
     """Transformers' attention interface: (batch, head, query, head_dim) in, (batch, query, head, head_dim) out."""
     steering = _STEERED[module]
     steered = _steered(steering, query, key, value, attention_mask, **kwargs)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    inner = ALL_ATTENTION_FUNCTIONS.get_interface(steering.inner, eager)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # each family has its own
+    inner: Any = ALL_ATTENTION_FUNCTIONS.get_interface(steering.inner, eager)  # type: ignore[arg-type]
     out = inner(module, query, key, value, attention_mask, **kwargs)[0]
     return out.index_copy(2, steering.heads.to(out.device), steered.transpose(1, 2).to(out.dtype)), None
 

@@ -23,7 +23,7 @@ class CalibrateAttention(AttentionSteer):
     """Find tokens beyond the first that receive too much attention, and give some of it to the other tokens.
 
     A token is a sink of a head if the mean attention that it received there, over all queries that could see it, is
-    above alpha / N, where N is the number of tokens: above `alpha` times what it would be if attention were even. In the
+    above alpha / N, where N is the number of tokens: `alpha` times what it would be if attention were even. In the
     chosen heads each sink keeps `beta` of its attention, and what is freed is spread over the tokens that are no sinks
     (the first token among them), in proportion to the attention that they have. So rows still sum to one.
 
@@ -139,8 +139,6 @@ def _loss(parts: Anatomy, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class _RandomTokens(CalibrateAttention):
     """The control, for the claim: as many tokens give up attention, but any tokens beyond the first."""
@@ -160,7 +158,7 @@ class SinksCanGiveWay(Claim):
         "(abstract: by up to 7.3% on the average of several data sets, Llama-30B)"
     )
     setting: ClassVar[str] = (
-        "sinks: 8 passages of 256 tokens of evaluation text, attention averaged over all heads of all layers, tokens "
+        "sinks: 4 passages of 256 tokens of evaluation text, attention averaged over all heads of all layers, tokens "
         "that at least 32 queries saw; accuracy: 160 questions, which of four pieces of 6 tokens goes on a passage of "
         "96, the other three being what follows it, by likelihood; heads chosen on 2,048 tokens of calibration text"
     )
@@ -211,7 +209,7 @@ class SinksCanGiveWay(Claim):
         """Sinks beyond the first token in the mean attention of a passage; how far a row's sum is off one at most."""
         everywhere = {i: torch.arange(parts.heads) for i in range(len(parts.layers))}
         counts, off = [], 0.0
-        for ids in passages(bench, 8, 256):
+        for ids in passages(bench, 4, 256):
             total = torch.zeros(ids.shape[1])
 
             def look(view: AttentionView, total: Tensor = total) -> Tensor:

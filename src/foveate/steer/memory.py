@@ -18,8 +18,7 @@ class RememberingCache(PartialCache):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        for layer in self.layers:
-            layer.state = {}  # type: ignore[attr-defined]
+        self._forget()
 
     def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         layers: list[Any] = self.layers
@@ -27,7 +26,7 @@ class RememberingCache(PartialCache):
             layer.state = {name: pick(tensor) for name, tensor in layer.state.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -40,9 +39,9 @@ class RememberingCache(PartialCache):
 
     def reset(self) -> None:
         super().reset()
-        self._rows_forgotten()
+        self._forget()
 
-    def _rows_forgotten(self) -> None:
+    def _forget(self) -> None:
         layers: list[Any] = self.layers
         for layer in layers:
             layer.state = {}

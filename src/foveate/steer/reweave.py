@@ -31,7 +31,7 @@ CHUNK = 256
 class Reweaving(nn.Module):
     """What is trained: it writes each token's states into a summary, and reads the summary for each token.
 
-    Of token t, u(t) = [norm(h_l(t)) for l in layers], the inputs of several layers side by side. With f(x) = elu(x) + 1:
+    Of token t, u(t) = [norm(h_l(t)) for l in layers] has the inputs of several layers. With f(x) = elu(x) + 1:
 
         S(t) = sum over i <= t of f(K u(i)) (V u(i))^T        the summary, (rank, rank)
         z(t) = sum over i <= t of f(K u(i))                   (rank,)
@@ -109,7 +109,7 @@ class Reweave(ResidualSteer):
     """Capture hidden states at several layers, and mix what past ones hold back into the present token.
 
     The paper's abstract gives no formula, so this is one reading of it: the captured states of each token are combined
-    into one latent and written into a causal summary of fixed size; each token reads the summary by a learned query, and
+    into one latent and written into a causal summary of fixed size; each token reads it by a learned query, and
     what is read is added to the residual stream through a gate for each channel. There is no attention to single past
     tokens and no external memory. `Reweaving` has the formulas.
 
@@ -138,7 +138,9 @@ class Reweave(ResidualSteer):
         2025,
         "https://arxiv.org/abs/2502.02046",
     )
-    claim: ClassVar[str] = "past states of several layers, mixed back in, improve recall over distance and of rare tokens"
+    claim: ClassVar[str] = (
+        "past states of several layers, mixed back in, improve recall over distance and of rare tokens"
+    )
 
     weights: str | None = None
 
@@ -267,8 +269,8 @@ class RecallOverDistance(Claim):
     )
     setting: ClassVar[str] = (
         "Llama-like models of 2 layers and width 32, trained from scratch on key-value recall (48 keys, 40 pairs, 300 "
-        "batches of 32) with reweaving of rank 16, and with an MLP wider by as many parameters; 5 seeds, 512 texts; far: "
-        "over 16 tokens; rare: the 32 rarest of 48 keys; a training step of both timed in alternation"
+        "batches of 32) with reweaving of rank 16, and with an MLP wider by as many parameters; 5 seeds, 512 texts; "
+        "far: over 16 tokens; rare: the 32 rarest of 48 keys; a training step of both timed in alternation"
     )
 
     seeds: ClassVar[int] = 5
@@ -280,7 +282,7 @@ class RecallOverDistance(Claim):
         ratios: list[float] = []
         for seed in range(10, 10 + self.seeds):  # the form of the module was chosen on other seeds
             arms = {"wider": self.model(seed, wider=True), "reweave": self.model(seed, wider=False)}
-            ratios += self.train(arms, seed, lambda part, seed=seed: bench.progress((seed - 10 + part) / self.seeds))
+            ratios += self.train(arms, seed, lambda part, seed=seed: bench.progress((seed - 10 + part) / self.seeds)  # type: ignore[misc])
             for name, (model, module) in arms.items():
                 results[name].append(self.recall(model, module))
         metrics: dict[str, Metric] = {}
