@@ -282,9 +282,10 @@ class RecallOverDistance(Claim):
         ratios: list[float] = []
         for seed in range(10, 10 + self.seeds):  # the form of the module was chosen on other seeds
             arms = {"wider": self.model(seed, wider=True), "reweave": self.model(seed, wider=False)}
-            ratios += self.train(arms, seed, lambda part, seed=seed: bench.progress((seed - 10 + part) / self.seeds)  # type: ignore[misc])
+            ratios += self.train(arms, seed)
             for name, (model, module) in arms.items():
                 results[name].append(self.recall(model, module))
+            bench.progress((seed - 9) / self.seeds)
         metrics: dict[str, Metric] = {}
         gains: dict[str, Metric] = {}
         for kind in ("all", "near", "far", "rare"):
@@ -327,7 +328,6 @@ class RecallOverDistance(Claim):
         self,
         arms: dict[str, tuple[LlamaForCausalLM, Reweaving | None]],
         seed: int,
-        progress: Callable[[float], None],
     ) -> list[float]:
         """Both on the same batches, in alternation; the time of a step with reweaving over that without, each step."""
         generator, recall, ratios = torch.Generator().manual_seed(seed), _Recall(), []
@@ -335,7 +335,7 @@ class RecallOverDistance(Claim):
             name: _stepper(model, module, [*model.parameters(), *([] if module is None else module.parameters())], 4e-3)
             for name, (model, module) in arms.items()
         }
-        for done in range(self.steps):
+        for _ in range(self.steps):
             ids, labels, *_ = recall.batch(generator, 32)
             spent = {}
             for name, step in steps.items():
@@ -343,7 +343,6 @@ class RecallOverDistance(Claim):
                 step(ids, labels)
                 spent[name] = time.perf_counter() - start
             ratios.append(spent["reweave"] / spent["wider"])
-            progress((done + 1) / self.steps)
         return ratios
 
     @torch.no_grad()
