@@ -100,7 +100,7 @@ def test_errors_are_sentences(tmp_path):
 
 def test_the_claim_runs_and_its_arms_are_of_one_size(monkeypatch):
     monkeypatch.setattr(RecallOverDistance, "seeds", 1)
-    monkeypatch.setattr(RecallOverDistance, "steps", 2)
+    monkeypatch.setattr(RecallOverDistance, "marks", (1, 2))
     bench = fv.Bench(fv.tiny("llama"), fv.tiny_tokenizer(), fv.load_text("prose"))
     finding = RecallOverDistance().run(bench)
     assert len(finding.checks) == 5
