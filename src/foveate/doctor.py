@@ -127,6 +127,7 @@ def _paths() -> dict[str, str]:
         "how much attention each entry receives",
         "depth": "PyTorch: a skipped layer is not run, the others run as they are",
         "prune": "PyTorch: a removed part is not run; its scores come from calibration text, once a recipe",
+        "steer": "blockwise attention in plain PyTorch for the heads that are adjusted; the rest runs as before",
     }
 
 
