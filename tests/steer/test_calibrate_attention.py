@@ -103,7 +103,7 @@ def test_the_slope_is_that_of_the_loss():
 
 def test_heads_are_those_that_help_on_every_piece():
     model = fv.tiny("llama", num_hidden_layers=5)
-    parts, target = fv.anatomy(model), Target(model, None, lambda: IDS[:1].repeat(1, 8))
+    parts, target = fv.anatomy(model), Target(model, None, lambda: IDS[:1].repeat(1, 8), fv.tiny_tokenizer)
     for choose in ("slope", "each"):
         technique = CalibrateAttention(alpha=1.5, choose=choose)
         scores, chosen = technique.score(target, parts), technique.heads(target, parts)

@@ -202,7 +202,7 @@ class SinksCanGiveWay(Claim):
 
     def target(self, bench: Bench) -> Target:
         ids = tokens(bench.text.calibration, bench.tokenizer, CALIBRATION_TOKENS).to(bench.model.device)
-        return Target(bench.model, None, lambda: ids)
+        return Target(bench.model, None, lambda length=0: ids, lambda: bench.tokenizer)
 
     @torch.no_grad()
     def sinks(self, bench: Bench, parts: Anatomy, technique: CalibrateAttention) -> tuple[Metric, float]:
