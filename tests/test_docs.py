@@ -18,9 +18,11 @@ import typer
 
 import foveate as fv
 from foveate import claims
+from foveate.cache.budgets import BUDGETS
+from foveate.cache.coders import CODINGS
 from foveate.cli import app
 from foveate.compare import PROFILES
-from foveate.methods import METHODS, Recipe
+from foveate.methods import FUNCTIONS, METHODS, Recipe
 from foveate.models.tiny import TINY_FAMILIES
 from foveate.specs import split_specs
 from foveate.tasks import TASKS
@@ -90,6 +92,12 @@ def test_pages_show_commands():
     assert sum(len(command_lines(page)) for page in PAGES) > 10  # or the pattern has gone blind
 
 
+def test_contributing_shows_key_norm_as_it_is():
+    shown = blocks(ROOT / "CONTRIBUTING.md", "python")
+    for block, path in zip(shown, ("src/foveate/cache/key_norm.py", "tests/cache/test_key_norm.py"), strict=False):
+        assert block == (ROOT / path).read_text(encoding="utf-8"), f"CONTRIBUTING.md shows another {path}"
+
+
 def test_what_contributing_shows_works(examples):
     method, test, task = examples
     assert doctest.testmod(method).attempted == 4
@@ -118,12 +126,24 @@ def test_every_technique_stands_on_its_roles_page(role):
             assert cls.paper is None or f"]({cls.paper.url}), {cls.paper.year}" in page
 
 
-def test_every_module_but_techniques_and_tasks_stands_in_the_design():
+def test_every_function_budget_and_coding_stands_on_its_page():
+    for name, function in FUNCTIONS.items():
+        page = (ROOT / "docs" / f"{function.role}.md").read_text(encoding="utf-8")
+        assert f"\n`fv.{name}()`\n" in page, f"docs/{function.role}.md says nothing of {name}"
+        assert f"]({function.paper.url}), {function.paper.year}" in page
+    page = (ROOT / "docs" / "cache.md").read_text(encoding="utf-8")
+    for name, cls in [*BUDGETS.all().items(), *CODINGS.all().items()]:
+        if cls.__module__.startswith("foveate."):
+            assert f"\n`{name}`\n" in page, f"docs/cache.md says nothing of {name}"
+            assert cls.paper is None or f"]({cls.paper.url}), {cls.paper.year}" in page
+
+
+def test_every_module_but_those_of_a_page_of_their_own_stands_in_the_design():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    for path in (ROOT / "src" / "foveate").rglob("*.py"):
-        if path.parent.name in ("depth", "prune", "tasks") and path.name != "base.py":
-            continue
-        if path.stem in {cls.__module__.rpartition(".")[2] for cls in METHODS.all().values()}:
+    told = {cls.__module__ for registry in (METHODS, TASKS, BUDGETS, CODINGS) for cls in registry.all().values()}
+    source = ROOT / "src"
+    for path in (source / "foveate").rglob("*.py"):
+        if ".".join(path.relative_to(source).with_suffix("").parts) in told:
             continue
         if path.name not in ("__init__.py", "version.py", "errors.py"):
             assert re.search(rf"[`/]{path.name}`", page), f"docs/design.md says nothing of {path.name}"

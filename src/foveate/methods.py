@@ -59,7 +59,8 @@ class Target:
         context: the number of tokens that a cache budget `keep` is a fraction of, where the caller states one (a
             streaming window, say); None: the prompt, as it comes.
         calibration: gives calibration token ids, LongTensor (1, length), `CALIBRATION_TOKENS` of them or as many as
-            it is asked for, but all there are where the caller of `apply` gave them; called only where needed.
+            it is asked for (prose, then code), but all there are where the caller of `apply` gave them; called only
+            where needed.
         tokenizer: gives the model's tokenizer; called only where needed.
     """
 
@@ -286,7 +287,11 @@ def apply(
     def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
         if calibration is not None:
             return calibration.to(model.device)
-        return tokens(load_text("prose").calibration, tokenizer_(), length).to(model.device)
+        prose = tokens(load_text("prose").calibration, tokenizer_())
+        if length > prose.shape[1]:  # all of it, and code
+            code = tokens(load_text("code").calibration, tokenizer_(), length - prose.shape[1])
+            prose = torch.cat([prose, code], dim=1)
+        return prose[:, :length].to(model.device)
 
     recipe = Recipe.of(recipe)
     with ExitStack() as stack:

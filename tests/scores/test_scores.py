@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from foveate.data.needles import WORDINGS, Needle, needles
 from foveate.errors import FoveateError
 from foveate.models.anatomy import anatomy
 from foveate.scores import gate_scores, retrieval_scores
-from foveate.scores.stored import fingerprint, stored
 from foveate.tasks import passkey
 
 MODEL = fv.tiny("llama").double()
@@ -91,19 +88,3 @@ def test_needles_hold_the_answer_where_they_say():
         assert c.text.shape == (1, 120)
         assert torch.equal(c.text[:, c.start : c.end], c.answer)
         assert len("".join(tokenizer.decode(c.answer[0]).split())) >= 5
-
-
-def test_stored_scores_are_made_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
-    made = []
-
-    def make():
-        made.append(1)
-        return torch.tensor([[0.5, 0.25]])
-
-    for _ in range(2):
-        assert stored(MODEL, "test", "1", make).tolist() == [[0.5, 0.25]]
-    stored(MODEL, "test", "2", make)
-    assert len(made) == 2
-    assert all(json.loads(path.read_text())["what"] == "test" for path in (tmp_path / "scores").iterdir())
-    assert fingerprint(MODEL) == fingerprint(fv.tiny("llama").bfloat16()) != fingerprint(fv.tiny("qwen2"))

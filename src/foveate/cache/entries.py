@@ -349,10 +349,15 @@ class PolicyLayer(CacheLayerMixin):
         assert self.coder is not None and e.tier is not None and e.key_codes is not None and e.value_codes is not None
         held = dataclasses.replace(view, keys=e.keys, values=e.values, positions=e.positions, received=e.received)
         tier = torch.maximum(e.tier, self.policy.tier(held))
-        lower = (tier > e.tier)[..., None]
-        codes = self.coder.encode(self.index, e.keys, e.values, e.positions, tier)
-        e.key_codes = torch.where(lower, codes[0], e.key_codes)
-        e.value_codes = torch.where(lower, codes[1], e.value_codes)
+        lower = tier > e.tier
+        at = lower.any(0).any(0).nonzero()[:, 0]  # the slots where anything changes: one a token, in decoding
+        if len(at):
+            codes = self.coder.encode(
+                self.index, e.keys[:, :, at], e.values[:, :, at], e.positions[:, :, at], tier[:, :, at]
+            )
+            lower = lower[:, :, at, None]
+            e.key_codes[:, :, at] = torch.where(lower, codes[0], e.key_codes[:, :, at])
+            e.value_codes[:, :, at] = torch.where(lower, codes[1], e.value_codes[:, :, at])
         e.tier = tier
 
     def _merge(self, view: CacheView, kept: Entries, index: Tensor, hidden: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.cache.base import CachePolicy
 from foveate.cache.coders.base import Coding
 from foveate.cache.coders.groups import Groups
+from foveate.cache.coders.tiers import Tiers
 from foveate.cache.entries import CacheView, Received
 from foveate.claims import Claim, Finding, Streams, claim
 from foveate.errors import FoveateError
@@ -25,20 +26,21 @@ class ZipVL(CachePolicy):
     After a prompt (or a piece of one), the tokens that received most attention and together hold `mass` of a layer's
     are important (section 3.2): where attention gathers on few tokens, few are. Which ones is decided by the
     normalised attention, divided by how many queries could see the token, so that early ones have no advantage; the
-    same tokens for all heads of a layer. They and what is generated are held in the code's `bits`, the others in its
-    `low` (section 3.3).
+    same tokens for all heads of a layer. They and what is generated are held in the code's `best`, the others in its
+    `rest` (section 3.3).
 
     Where this departs: for text; the prefill attends to everything (the paper's attends to the important tokens only,
     to save time); all queries are counted, not a sample of probes; an entry never comes back to more bits.
 
     Fields: those of `CachePolicy`, with `keep=1`: nothing is evicted unless less is asked for.
         mass: the part of the attention that important tokens hold, the paper's tau; it uses 0.96 and 0.975.
-        code: with a `low`; `groups(bits=4,low=2)` by default.
+        code: of two tiers; 4 and 2 bits by default.
 
     Example:
         >>> import foveate as fv, torch
         >>> model, prompt = fv.tiny("llama"), torch.arange(3, 103).unsqueeze(0)
-        >>> with fv.apply(model, "zipvl:mass=0.5,code=groups(bits=4,low=2,group=16)", calibration=prompt):
+        >>> code = "tiers(best=groups(group=16),rest=groups(bits=2,group=16))"
+        >>> with fv.apply(model, f"zipvl:mass=0.5,code={code}", calibration=prompt):
         ...     out = model(prompt, use_cache=True)
         >>> [int(layer.padded.tier[0, 0].sum()) > 20 for layer in out.past_key_values.layers]  # entries in 2 bits
         [True, True, True, True]
@@ -54,7 +56,7 @@ class ZipVL(CachePolicy):
 
     keep: float | None = 1.0
     mass: float = 0.975
-    code: Coding | None = Groups(bits=4, low=2)
+    code: Coding | None = Tiers(best=Groups(bits=4), rest=Groups(bits=2))
 
     def __post_init__(self) -> None:
         if self.entries is not None and self.keep == 1:
@@ -62,8 +64,8 @@ class ZipVL(CachePolicy):
         super().__post_init__()
         if not 0 < self.mass <= 1:
             raise FoveateError(f"zipvl: mass={self.mass} is outside (0, 1]: give a part of the attention.")
-        if self.code is not None and (not isinstance(self.code, Groups) or self.code.low is None):
-            raise FoveateError("zipvl: give a code with two sorts of bits, such as code=groups(bits=4,low=2), or none.")
+        if self.code is not None and not isinstance(self.code, Tiers):
+            raise FoveateError("zipvl: give a code of two tiers, tiers(best=...,rest=...), or none.")
 
     def received(self) -> Received:
         return Received()

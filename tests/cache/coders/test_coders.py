@@ -82,8 +82,8 @@ def test_they_take_the_bytes_they_say():
         "h2o:keep=0.5,code=groups(bits=4,group=8)",
         "streaming:keep=0.5,code=groups(bits=4,group=8)",
         "window:keep=0.4,budget=pyramid,code=groups(bits=8,group=8)",
-        "zipvl:mass=0.6,code=groups(bits=4,low=2,group=8)",
-        "zipvl:entries=20,code=groups(bits=4,low=2,group=8)",
+        "zipvl:mass=0.6,code=tiers(best=groups(group=8),rest=groups(bits=2,group=8))",
+        "zipvl:entries=20,code=tiers(best=groups(group=8),rest=groups(bits=2,group=8))",
     ],
 )
 def test_generate_works_as_it_is(recipe):
@@ -100,10 +100,10 @@ def test_generate_works_as_it_is(recipe):
 
 
 def test_important_entries_have_more_bits():
-    _, cache = read("zipvl:mass=0.6,code=groups(bits=4,low=2,group=8)", [58, 1, 1])
+    _, cache = read("zipvl:mass=0.6,code=tiers(best=groups(group=8),rest=groups(bits=2,group=8))", [58, 1, 1])
     shares = [float(layer.padded.tier.float().mean()) for layer in cache.layers]
     assert all(0.1 < share < 0.95 for share in shares) and len(set(shares)) > 1, shares
-    _, all_high = read("zipvl:mass=1,code=groups(bits=4,low=2,group=8)", [58, 1, 1])
+    _, all_high = read("zipvl:mass=1,code=tiers(best=groups(group=8),rest=groups(bits=2,group=8))", [58, 1, 1])
     assert all(int(layer.padded.tier.sum()) == 0 for layer in all_high.layers)
     assert cache_bytes(cache) < cache_bytes(all_high)
 
@@ -119,9 +119,8 @@ def test_text_form():
     [
         ("window:keep=1,code=group", "did you mean groups"),
         ("window:keep=1,code=groups(bits=9)", "1 to 8"),
-        ("window:keep=1,code=groups(bits=2,low=3)", "at most bits"),
         ("window:keep=1,code=groups(group=7)", "does not divide"),
-        ("zipvl:code=groups(bits=4)", "two sorts of bits"),
+        ("zipvl:code=groups(bits=4)", "two tiers"),
         ("zipvl:mass=0", "outside"),
     ],
 )

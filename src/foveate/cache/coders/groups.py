@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from foveate.cache.coders.base import Coder, Coding, calibration_entries, coding, pack_bits, unpack_bits
 from foveate.errors import FoveateError
@@ -27,7 +26,6 @@ class Groups(Coding):
     Fields:
         bits: of a number, 1 to 8.
         group: channels that share a step of a value.
-        low: bits of entries that a policy holds less well (`zipvl`); None: it may not.
 
     Example:
         >>> import foveate as fv, torch
@@ -47,11 +45,10 @@ class Groups(Coding):
 
     bits: int = 4
     group: int = 32
-    low: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8 or (self.low is not None and not 1 <= self.low <= self.bits):
-            raise FoveateError(f"groups: bits={self.bits}, low={self.low}: give 1 to 8, and low at most bits.")
+        if not 1 <= self.bits <= 8:
+            raise FoveateError(f"groups: bits={self.bits} is outside 1 to 8.")
         if self.group < 1:
             raise FoveateError(f"groups: group={self.group}: give at least 1 channel.")
 
@@ -77,7 +74,7 @@ class GroupsCoder(Coder):
 
     def __init__(self, parts: Anatomy, coding: Groups):
         super().__init__(parts)
-        self.dim, self.group, self.bits, self.less = parts.head_dim, coding.group, coding.bits, coding.low
+        self.dim, self.group, self.bits = parts.head_dim, coding.group, coding.bits
         self.low: dict[int, Tensor] = {}
         self.range: dict[int, Tensor] = {}
 
@@ -100,23 +97,14 @@ class GroupsCoder(Coder):
         share = share / 2 ** (factor / 32) + 0.5
         groups = values.float().unflatten(-1, (-1, self.group))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-
-        def codes(bits: int) -> tuple[Tensor, Tensor]:
-            top = 2**bits - 1
-            steps = torch.cat([low, ((high - low) / top).clamp(min=1e-8)], -1).bfloat16()
-            value = ((groups - steps[..., :1].float()) / steps[..., 1:].float()).round().clamp(0, top)
-            scales = steps.flatten(-2).view(torch.uint8)
-            key = pack_bits((share * top).round().clamp(0, top), bits)
-            return torch.cat([key, factor.to(torch.uint8)], -1), torch.cat(
-                [pack_bits(value.flatten(-2), bits), scales], -1
-            )
-
-        best = codes(self.bits)
-        if tier is None or self.less is None:
-            return best
-        less = [pad(x, (0, y.shape[-1] - x.shape[-1])) for x, y in zip(codes(self.less), best, strict=True)]
-        kind = tier[..., None] > 0
-        return torch.where(kind, less[0], best[0]), torch.where(kind, less[1], best[1])
+        top = 2**self.bits - 1
+        steps = torch.cat([low, ((high - low) / top).clamp(min=1e-8)], -1).bfloat16()
+        value = ((groups - steps[..., :1].float()) / steps[..., 1:].float()).round().clamp(0, top)
+        key = pack_bits((share * top).round().clamp(0, top), self.bits)
+        scales = steps.flatten(-2).view(torch.uint8)
+        return torch.cat([key, factor.to(torch.uint8)], -1), torch.cat(
+            [pack_bits(value.flatten(-2), self.bits), scales], -1
+        )
 
     def decode(
         self,
@@ -127,26 +115,15 @@ class GroupsCoder(Coder):
         tier: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        def numbers(bits: int) -> tuple[Tensor, Tensor]:
-            n = self.dim * bits // 8
-            share = (unpack_bits(key_codes[..., :n], bits) / (2**bits - 1) - 0.5) * 2 ** (
-                key_codes[..., n : n + 1] / 32
-            )
-            key = (share + 0.5) * self.range[layer] + self.low[layer]
-            scales = value_codes[..., n : n + 4 * (self.dim // self.group)].contiguous()
-            steps = scales.view(torch.bfloat16).float().unflatten(-1, (-1, 2))
-            value = unpack_bits(value_codes[..., :n], bits).unflatten(-1, (-1, self.group))
-            return key, (value * steps[..., 1:] + steps[..., :1]).flatten(-2)
-
-        key, value = numbers(self.bits)
-        if tier is not None and self.less is not None:
-            less = numbers(self.less)
-            kind = tier[..., None] > 0
-            key, value = torch.where(kind, less[0], key), torch.where(kind, less[1], value)
+        n = self.dim * self.bits // 8
+        key_codes, scales = key_codes[..., : n + 1], value_codes[..., n : n + 4 * (self.dim // self.group)]
+        share = unpack_bits(key_codes[..., :n], self.bits) / (2**self.bits - 1) - 0.5
+        key = (share * 2 ** (key_codes[..., n:] / 32) + 0.5) * self.range[layer] + self.low[layer]
+        steps = scales.contiguous().view(torch.bfloat16).float().unflatten(-1, (-1, 2))
+        value = unpack_bits(value_codes[..., :n], self.bits).unflatten(-1, (-1, self.group))
+        value = (value * steps[..., 1:] + steps[..., :1]).flatten(-2)
         return self.turned(layer, key, positions).to(dtype), value.to(dtype)
 
     def lengths(self, layer: int, tier: Tensor | None) -> tuple[Tensor, Tensor]:
-        bits = torch.tensor([[[self.bits]]])
-        if tier is not None and self.less is not None:
-            bits = torch.where(tier > 0, self.less, self.bits)
-        return self.dim * bits // 8 + 1, self.dim * bits // 8 + 4 * (self.dim // self.group)
+        n = self.dim * self.bits // 8
+        return torch.tensor(n + 1), torch.tensor(n + 4 * (self.dim // self.group))

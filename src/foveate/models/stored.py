@@ -1,13 +1,14 @@
-"""Scores that took long are kept on disk, under the model they are of."""
+"""What took long to measure on a model is kept on disk, under the model it is of."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,22 +32,31 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored(model: PreTrainedModel, what: str, version: str, make: Callable[[], Tensor]) -> Tensor:
-    """The scores called `what` of a model: from disk, or made and written there.
+def text_digest(ids: Tensor) -> str:
+    """16 hexadecimal digits that change with the token ids."""
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def stored(model: PreTrainedModel, what: str, version: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors called `what` of a model, on the CPU: from disk, or made and written there.
 
     Args:
         model: the model.
-        what: a short name of the scores, for the file and for what is said while they are made.
+        what: a short name, for the file.
         version: everything that determines them beside the model.
-        make: makes them, float (layers, units).
+        make: makes them.
     """
     key = hashlib.sha256(f"{fingerprint(model)} {what} {version}".encode()).hexdigest()[:16]
-    path = cache_dir() / "scores" / f"{what}-{key}.json"
-    if path.exists():
-        return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["scores"])
-    scores = make()
+    path = cache_dir() / "measured" / f"{what}-{key}.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        pass
+    except (SafetensorError, OSError):
+        path.unlink(missing_ok=True)  # a damaged file is made anew
+    made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({"what": what, "version": version, "scores": scores.tolist()}), encoding="utf-8")
+    save_file(made, part, metadata={"what": what, "version": version})
     os.replace(part, path)
-    return scores
+    return made

@@ -1,0 +1,263 @@
+"""Product quantisation of a layer's entries, in the basis in which errors cost least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.cache.coders.base import Coder, Coding, coding
+from foveate.cache.coders.statistics import LayerStatistics, entry_statistics, join
+from foveate.errors import FoveateError
+from foveate.measure.shown import Shown
+from foveate.methods import Paper, Target
+from foveate.models.anatomy import Anatomy, anatomy
+from foveate.models.stored import stored, text_digest
+
+SHRINK = 1.0  # of the sensitivity, towards the same for all channels: it is estimated from few texts
+SLACK = 0.7  # components this much below the water level still go into the last group
+ROUNDS = 15  # of k-means, on EXAMPLES entries; then two on all
+EXAMPLES = 8192
+WORDS = 256
+
+
+@coding("product")
+class Product(Coding):
+    """A few bytes for all of a token's keys and values of a layer: product quantisation after a joint transform.
+
+    The keys (before they were rotated) and values of all KV heads of a layer are one vector. It is turned into the
+    basis that makes its components uncorrelated where errors are measured by what they cost the model: the
+    Karhunen-Loeve transform in the metric of the Fisher information. Components are cut into groups, each worth eight
+    bits by reverse water-filling over all layers, and each group becomes one byte: the nearest of 256 codewords, found
+    by k-means on calibration text (product quantisation, section 2). Every token is coded alone, as it arrives; sinks
+    stay whole.
+
+    It is fitted once a model (some minutes on two cores, seconds on a GPU), on prose, code and needles, and kept on
+    disk. The transforms and codewords belong to the model, not to the cache. All KV heads of a layer must hold the same
+    tokens: a policy that evicts in each head by itself needs another code, or `keep=1`.
+
+    Fields:
+        share: bytes of an entry, as a fraction of what it takes in 16 bits.
+
+    Example:
+        >>> import foveate as fv, torch
+        >>> model, prompt = fv.tiny("llama"), (torch.arange(400) % 197 + 3).unsqueeze(0)
+        >>> full = model(prompt, use_cache=True).past_key_values
+        >>> given = {"calibration": prompt, "tokenizer": fv.tiny_tokenizer()}
+        >>> with fv.apply(model, "window:keep=1,code=product(share=0.1)", **given):
+        ...     tenth = model(prompt, use_cache=True).past_key_values
+        >>> from foveate.models.caches import cache_bytes
+        >>> cache_bytes(tenth) < 0.07 * cache_bytes(full)  # of float32; sinks included
+        True
+    """
+
+    paper: ClassVar[Paper | None] = Paper(
+        "Product Quantization for Nearest Neighbor Search", 2011, "https://doi.org/10.1109/TPAMI.2010.57"
+    )
+    claim: ClassVar[str] = "in a basis chosen by what errors cost, a tenth of the bits holds nearly all"
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise FoveateError(f"product: share={self.share} is outside (0, 1]: it is a fraction of 16 bits.")
+
+    def coder(self, target: Target) -> Coder:
+        ids = target.calibration()
+        version = f"1 {self.share} {Coder.sinks} {text_digest(ids)}"
+
+        def make() -> dict[str, Tensor]:
+            with Shown(f"what {self} needs") as progress:
+                return fit(target, self.share, Coder.sinks, progress)
+
+        return ProductCoder(anatomy(target.model), stored(target.model, "product", version, make), target.model.device)
+
+
+def fit(
+    target: Target, share: float, sinks: int, progress: Callable[[float], None] = lambda done: None
+) -> dict[str, Tensor]:
+    """The transforms and codewords of every layer, by name and layer, in the shapes that `ProductCoder` says."""
+    statistics = entry_statistics(target, sinks, lambda done: progress(0.8 * done))
+    kv_heads = anatomy(target.model).kv_heads
+    transforms = {layer: _transform(s) for layer, s in statistics.items()}
+    level = _water_level({layer: t[2] for layer, t in transforms.items()}, share)
+    tensors = {}
+    for done, (layer, s) in enumerate(statistics.items()):
+        into, back, cost = transforms[layer]
+        # As many bytes for every KV head, so that the codes lie beside each other as entries do.
+        count = min(len(cost), kv_heads * max(1, round(float(_rates(cost, level).sum()) / 8 / kv_heads)))
+        count -= count % kv_heads
+        sizes = _groups(cost, count)
+        used = sum(sizes)
+        words = _codewords(s.rows @ into[:, :used], sizes)
+        tensors |= {f"mean.{layer}": s.mean, f"sizes.{layer}": torch.tensor(sizes)}
+        tensors |= {f"into.{layer}": into[:, :used].half(), f"back.{layer}": back[:used].half()}
+        tensors |= {f"words.{layer}": words.half()}
+        progress(0.8 + 0.2 * (done + 1) / len(statistics))
+    return tensors
+
+
+def _transform(s: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+    """(channels, components) into the basis, (components, channels) back, and each component's cost, falling.
+
+    With the metric M = R R, the components of R x along the eigenvectors of R cov R are uncorrelated, and a squared
+    error in any of them costs its size; so their variances are what it costs to leave them out.
+    """
+    metric = s.sensitivity
+    typical = metric.diagonal().mean()
+    metric = metric + (SHRINK * typical + 1e-12) * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp(min=float(values.max()) * 1e-9)
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+    cost, basis = torch.linalg.eigh(root @ s.covariance @ root)
+    order = cost.argsort(descending=True)
+    basis, cost = basis[:, order], cost[order].clamp(min=1e-30)
+    return (root @ basis).float(), (basis.T @ inverse).float(), cost
+
+
+def _rates(cost: Tensor, level: float) -> Tensor:
+    """Bits of each component when errors are filled up to the level; at most the eight of a byte."""
+    return (0.5 * torch.log2(cost / level)).clamp(0, 8)
+
+
+def _water_level(costs: dict[int, Tensor], share: float) -> float:
+    """The level at which all layers together take their share of 16 bits a channel."""
+    bits = 16 * share * sum(len(cost) for cost in costs.values())
+    low, high = 1e-30, max(float(cost.max()) for cost in costs.values())
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if sum(float(_rates(cost, middle).sum()) for cost in costs.values()) > bits:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _groups(cost: Tensor, count: int) -> list[int]:
+    """How many components, the costliest first, each of `count` bytes holds: about eight bits by their rates.
+
+    Example:
+        >>> import torch
+        >>> _groups(torch.tensor([2.0**12, 2.0**8, 2.0**4, 2.0**4, 1.0, 1.0]).double(), 2)
+        [1, 5]
+    """
+    low, high = 1e-40, float(cost.max())
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if float(_rates(cost, middle).sum()) > 8 * count:
+            low = middle
+        else:
+            high = middle
+    rates = _rates(cost, high)
+    used = max(count, int((cost > SLACK * high).sum()))
+    at = ((rates.cumsum(0) - rates / 2) * count / float(rates.sum())).long()[:used] if rates.any() else None
+    sizes = [0] * count if at is None else torch.bincount((at // 1).clamp(max=count - 1), minlength=count).tolist()
+    while 0 in sizes:  # a group without a component takes one of the largest's
+        sizes[sizes.index(0)] += 1
+        sizes[max(range(count), key=sizes.__getitem__)] -= 1
+    return sizes
+
+
+def _codewords(components: Tensor, sizes: list[int]) -> Tensor:
+    """256 codewords of each group by k-means, the groups' components beside each other: (256, components)."""
+    return torch.cat([kmeans(group) for group in components.split(sizes, dim=1)], dim=1)
+
+
+def kmeans(x: Tensor) -> Tensor:
+    """256 centres (256, n) of the points (many, n): Lloyd's algorithm, with empty cells put where errors are large.
+
+    Example:
+        >>> import torch
+        >>> points = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
+        >>> centres = kmeans(points)
+        >>> bool(torch.cdist(points, centres).amin(1).square().mean() < 0.02)  # a fortieth of the variance
+        True
+    """
+    draw = torch.Generator(x.device).manual_seed(0)
+    some = x[torch.randperm(len(x), generator=draw, device=x.device)[:EXAMPLES]]
+    repeats = -(-WORDS // len(some))
+    centres = some[:WORDS].repeat(repeats, 1)[:WORDS].clone()
+    for step in range(ROUNDS + 2):
+        points = some if step < ROUNDS else x
+        far = torch.addmm(centres.square().sum(1), points, centres.T, alpha=-2)
+        error, cell = far.min(1)
+        count = torch.zeros(WORDS, device=x.device).index_add_(0, cell, torch.ones_like(error))
+        mean = torch.zeros_like(centres).index_add_(0, cell, points) / count.clamp(min=1)[:, None]
+        centres = torch.where(count[:, None] > 0, mean, centres)
+        if step % 3 == 2 and step < ROUNDS - 2:
+            error = error + points.square().sum(1)
+            loss = torch.zeros(WORDS, device=x.device).index_add_(0, cell, error.clamp(min=0))
+            poor, rich = loss.argsort()[:16], loss.argsort(descending=True)[:16]
+            worth = loss[rich] > 8 * loss[poor]
+            spread = (loss[rich] / count[rich].clamp(min=1) / x.shape[1]).sqrt()[:, None]
+            noise = torch.randn(16, x.shape[1], generator=draw, device=x.device)
+            centres[poor] = torch.where(worth[:, None], centres[rich] + spread * noise, centres[poor])
+    return centres
+
+
+class ProductCoder(Coder):
+    """By layer, on the model's device: `mean` (channels,), `into` (channels, components), `back` (components,
+    channels), `words` (groups, 256, largest size) and `filled` (groups, largest size), bool: where words have numbers.
+    """
+
+    def __init__(self, parts: Anatomy, tensors: dict[str, Tensor], device: torch.device):
+        super().__init__(parts)
+        self.heads, self.dim = parts.kv_heads, parts.head_dim
+        self.of: dict[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
+        for name, sizes in tensors.items():
+            if name.startswith("sizes."):
+                layer = int(name.removeprefix("sizes."))
+                mean, into, back, words = (
+                    tensors[f"{part}.{layer}"].float().to(device) for part in ("mean", "into", "back", "words")
+                )
+                filled = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
+                padded = words.new_zeros(WORDS, *filled.shape)
+                padded[:, filled] = words
+                self.of[layer] = (mean, into, back, padded.transpose(0, 1).contiguous(), filled)
+
+    def encode(
+        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, tier: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        self._same_tokens(positions)
+        mean, into, _, words, filled = self.of[layer]
+        components = (join(self.turned_back(layer, keys, positions), values) - mean) @ into
+        batch, entries = components.shape[:2]
+        grouped = components.new_zeros(batch * entries, *filled.shape)
+        grouped[:, filled] = components.flatten(0, 1)
+        sizes = words.square().sum(-1)
+        codes = torch.empty(batch * entries, len(words), dtype=torch.uint8, device=keys.device)
+        for rows in torch.arange(batch * entries, device=keys.device).split(max(1, (1 << 25) // sizes.numel())):
+            near = torch.einsum("egc,gwc->egw", grouped[rows], words)
+            codes[rows] = (sizes - 2 * near).argmin(-1).to(torch.uint8)
+        codes = codes.view(batch, entries, self.heads, len(words) // self.heads).transpose(1, 2)
+        return codes, codes[..., :0]
+
+    def decode(
+        self,
+        layer: int,
+        key_codes: Tensor,
+        value_codes: Tensor,
+        positions: Tensor,
+        tier: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        mean, _, back, words, filled = self.of[layer]
+        each = int(self.lengths(layer, None)[0])
+        codes = key_codes[..., :each].transpose(1, 2).flatten(2).long()  # (batch, entry, group)
+        components = words[torch.arange(len(words), device=codes.device), codes][..., filled]
+        channels = components @ back + mean
+        keys, values = channels.unflatten(-1, (2, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
+        return self.turned(layer, keys, positions).to(dtype), values.to(dtype)
+
+    def lengths(self, layer: int, tier: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.tensor(len(self.of[layer][3]) // self.heads), torch.tensor(0)
+
+    def _same_tokens(self, positions: Tensor) -> None:
+        if not bool((positions == positions[:, :1]).all()):
+            raise FoveateError(
+                "product: a layer's KV heads hold different tokens, but they are coded together: take "
+                "code=groups(...), or a policy and budget that keep the same tokens in all heads of a layer."
+            )
