@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 if "--smoke" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -269,13 +270,14 @@ def ragged(name: str, batch: int, rooms: list[int]) -> None:
 
 def sweep(sizes: list[tuple[int, int]], received: bool) -> None:
     """Every tuning whose programs fit the shared memory at once. The column that matters is the worst of a row."""
-    cuts = [(64, 4, 3), (64, 4, 4), (64, 4, 5), (64, 8, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3), (128, 8, 4)]
+    cuts = [(32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 4, 2), (128, 8, 3)]
     tunings = [
         Tuning(block=block, warps=warps, stages=stages, programs_per_sm=per_sm)
         for block, warps, stages in cuts
-        for per_sm in (1, 2, 3)
-        if 64 << 10 <= (stages - 1) * (block * 4 + 32) * DIM * per_sm <= 216 << 10
+        for per_sm in (1, 2, 3, 4, 6)
+        if 96 << 10 <= (stages - 1) * block * per_sm * BYTES <= 216 << 10
     ]
+    tunings.insert(1, replace(Tuning(), overlap=True))
     results: dict[Tuning, list[float]] = {tuning: [] for tuning in (tunings if CUDA else tunings[:1])}
     for batch, entries in sizes:
         inputs = Inputs(batch, [entries] * (batch * KV_HEADS))
@@ -302,6 +304,7 @@ def sweep(sizes: list[tuple[int, int]], received: bool) -> None:
             warps=tuning.warps,
             stages=tuning.stages,
             per_sm=tuning.programs_per_sm,
+            overlap=tuning.overlap,
             worst=max(a / b for a, b in zip(got, best, strict=True)),
             us=" ".join(f"{g * 1e3:9.2f}" for g in got),
             TB_s=" ".join(f"{b * KV_HEADS * n * BYTES / g / 1e9:.2f}" for (b, n), g in zip(sizes, got, strict=True)),

@@ -1,10 +1,9 @@
 """Decode attention over ragged caches: one query a sequence, and as many live entries as each KV head kept.
 
 A cache that evicts by head holds 300 entries here and 30,000 there. A launch with one block a head would wait for the
-longest; here all entries of all heads make one row of tiles, and every program takes an equal run of it (stream-K),
-loading ahead across the heads in it. A run may end inside a head: then its programs leave partial softmaxes, and the
-last of them to arrive merges these by log-sum-exp. Keys and values are read once for all query heads of a group. A
-second launch adds what each entry received to its running score; without a score there is none.
+longest; here all entries of all heads make one row of tiles, and every program takes an equal run of it (stream-K). A
+run may end inside a head, so programs leave partial softmaxes, and a second, short launch merges them by log-sum-exp
+and adds what each entry received to its running score. Keys and values are read once for all query heads of a group.
 
 Source: Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of Transformers (2024,
 arXiv 2405.10480), sections 4.1 and 4.2; the merge is FlashAttention-2's (2023, arXiv 2307.08691), section 2.3.1.
@@ -29,7 +28,7 @@ except ImportError:  # optional: the twin needs only PyTorch
 DIMS = (32, 64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 LOG2E = 1.4426950408889634
-SCORED = 4096  # weights that a scoring program takes: enough loads in flight to hide their latency
+SPAN = 512  # entries that a scoring program takes at a time: enough loads in flight to hide their latency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,37 +43,35 @@ class Tuning:
         warps: warps a program.
         stages: depth of the pipeline that loads tiles ahead.
         programs_per_sm: runs that the tiles are cut into, for each multiprocessor; as many as fit at once in its
-            shared memory, (stages - 1) * (block * 4 + 32) * head_dim bytes each.
+            shared memory, (stages - 1) * block * head_dim * 4 bytes each.
+        overlap: launch the merge while the last tiles are read (programmatic dependent launch; Hopper and later).
 
     Example:
         >>> from foveate.kernels.decode import Tuning
         >>> Tuning(block=128, stages=2).programs_per_sm
-        1
+        2
     """
 
     block: int = 64
     warps: int = 4
-    stages: int = 4
-    programs_per_sm: int = 1
+    stages: int = 3
+    programs_per_sm: int = 2
+    overlap: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Memory for the parts of `ragged_decode`. Make it once with `allocate` and use it for every layer.
+    """Memory between the two launches of `ragged_decode`. Make it once with `allocate` and use it for every layer.
 
-    Its size depends on shapes only, never on lengths.
+    Its size depends on shapes only, never on lengths, and nothing in it lives from one call to the next.
 
     Attributes:
         maximum, total: (part, group), float32: largest logit in base 2, and sum of exponentials below it.
         weighted: (part, group, head_dim), float32: values weighted by these exponentials. A part is what one program
             saw of one region: program p and region r leave theirs at p + r, which no other pair shares, because from
             one part to the next either p or r grows.
-        counters: (regions + 1,), int32: programs that have left their part of each region, and, last, the tiles in
-            all. Zeros before the first call; every call leaves the regions' at zero. A call that was cut off does not.
-        weights: (tile, group, block), float16: exponentials, kept for `received` as the three below; empty without it.
-        tops: (tile, group), float32: the logit below which they are.
-        places: (tile, 3), int64: the tile's first slot, its live entries, its region.
-        levels: (regions, group), float32: log-sum-exp of all of a region's logits, in base 2.
+        starts: (regions + 1,), int32: each region's first tile.
+        logits: (tile, group, block), float32: kept for `received`; empty without it.
         programs: runs that the tiles are cut into.
         tuning: how.
     """
@@ -82,11 +79,8 @@ class Workspace:
     maximum: Tensor
     total: Tensor
     weighted: Tensor
-    counters: Tensor
-    weights: Tensor
-    tops: Tensor
-    places: Tensor
-    levels: Tensor
+    starts: Tensor
+    logits: Tensor
     programs: int
     tuning: Tuning
 
@@ -105,10 +99,9 @@ class Workspace:
 
         Args:
             query, keys, offsets: as `ragged_decode` takes them; only shapes and devices count.
-            received: whether calls will pass `received`: 2 bytes for each slot and query head of the group more.
+            received: whether calls will pass `received`: 4 bytes for each slot and query head of the group more.
             tuning: None = by the head's dimension.
-            programs: None = `tuning.programs_per_sm` for each multiprocessor of the device, or a little fewer where
-                regions of one length then need no cut, or only cuts into equal parts.
+            programs: None = `tuning.programs_per_sm` for each multiprocessor of the device.
 
         Example:
             >>> import torch
@@ -121,9 +114,9 @@ class Workspace:
         group = query.shape[0] * query.shape[1] // regions
         # 16 KB of keys a tile: what pays at dimension 128 pays at the others, since bytes in flight are what counts.
         tuning = tuning or Tuning(block=min(128, 8192 // _power_of_2(dim)))
-        programs = programs or _even(tuning.programs_per_sm * _multiprocessors(keys.device), regions)
+        programs = programs or tuning.programs_per_sm * _multiprocessors(keys.device)
         parts = programs + regions
-        tiles = _most_tiles(keys, regions, tuning) if received else 0
+        tiles = keys.shape[0] // tuning.block + regions if received else 0
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=keys.device)
@@ -132,11 +125,8 @@ class Workspace:
             maximum=empty(parts, group),
             total=empty(parts, group),
             weighted=empty(parts, group, dim),
-            counters=torch.zeros(regions + 1, dtype=torch.int32, device=keys.device),
-            weights=empty(tiles, group, tuning.block, dtype=torch.float16),
-            tops=empty(tiles, group),
-            places=empty(tiles, 3, dtype=torch.int64),
-            levels=empty(regions, group),
+            starts=empty(regions + 1, dtype=torch.int32),
+            logits=empty(tiles, group, tuning.block),
             programs=programs,
             tuning=tuning,
         )
@@ -177,9 +167,8 @@ def ragged_decode(
 ) -> Tensor:
     """Attention of one query a sequence over its live entries, and what each entry received of it.
 
-    One launch, with `received` two; no host synchronisation, and a grid that depends on shapes only: the call can be
-    captured in a CUDA graph, and lengths and offsets may change between replays. Call it once before capture, which
-    compiles the kernels.
+    Two launches, no host synchronisation, and a grid that depends on shapes only: the call can be captured in a CUDA
+    graph, and lengths and offsets may change between replays. Call it once before capture, which compiles the kernels.
 
     Args:
         query: (batch, head, head_dim), float16 or bfloat16; head_dim 32, 64, 96, 128 or 256.
@@ -190,10 +179,10 @@ def ragged_decode(
             as all of them; a region with none gives zeros.
         scaling: factor on the logits.
         received: (slots,), float32, updated in place for live entries: received * forget + the attention weights,
-            summed over the group's query heads. Each weight is held to within 5e-4 of itself.
+            summed over the group's query heads.
         forget: factor on the score so far.
         softcap: logits become softcap * tanh(logits / softcap); None = as they are.
-        workspace: from `Workspace.allocate`; None = a new one each call (eight allocations, seen in the time of short
+        workspace: from `Workspace.allocate`; None = a new one each call (five allocations, seen in the time of short
             caches). Calls that share one must run one after another on one stream.
 
     Returns:
@@ -220,8 +209,9 @@ def ragged_decode(
     if workspace is None:
         workspace = Workspace.allocate(query, keys, offsets, received=received is not None)
     space, tuning = workspace, workspace.tuning
+    tiles = keys.shape[0] // tuning.block + regions
     if space.weighted.shape != (space.programs + regions, group, dim) or (
-        received is not None and space.weights.shape[0] < _most_tiles(keys, regions, tuning)
+        received is not None and space.logits.shape[0] < tiles
     ):
         raise FoveateError(
             f"The workspace was made for other shapes than {regions} regions of {group} query heads of {dim} in "
@@ -236,15 +226,11 @@ def ragged_decode(
             values,
             offsets,
             lengths,
-            out,
             space.maximum,
             space.total,
             space.weighted,
-            space.counters,
-            space.weights,
-            space.tops,
-            space.places,
-            space.levels,
+            space.starts,
+            space.logits,
             regions,
             float(scaling * LOG2E),
             0.0 if softcap is None else softcap * LOG2E,
@@ -254,30 +240,13 @@ def ragged_decode(
             block=tuning.block,
             regions_p2=max(16, _power_of_2(regions)),
             rows=max(16, _power_of_2(group)),  # the least that tl.dot takes
-            group_p2=_power_of_2(group),
             capped=softcap is not None,
-            keep=received is not None,
+            keep_logits=received is not None,
+            overlap=tuning.overlap,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         )
-        if received is not None:
-            group_p2 = _power_of_2(group)
-            each = max(1, SCORED // (group_p2 * tuning.block))
-            _score[(-(-_most_tiles(keys, regions, tuning) // each),)](
-                received,
-                space.counters,
-                space.weights,
-                space.tops,
-                space.places,
-                space.levels,
-                regions,
-                float(forget),
-                group=group,
-                block=tuning.block,
-                group_p2=group_p2,
-                each=each,
-                num_warps=4,
-            )
+        _finish(out, received, offsets, lengths, space, forget)
     return out
 
 
@@ -347,6 +316,43 @@ def merge_reference(maximum: Tensor, total: Tensor, weighted: Tensor) -> Tensor:
     return (weighted * share[..., None]).sum(dim=0) / (total * share).sum(dim=0)[..., None]
 
 
+def _finish(
+    out: Tensor, received: Tensor | None, offsets: Tensor, lengths: Tensor, space: Workspace, forget: float
+) -> None:
+    """Merge the parts in the workspace into `out` (batch, head, head_dim), and update `received`."""
+    regions, (_, group, dim), block = lengths.shape[0], space.weighted.shape, space.tuning.block
+    # One program merges one query head; where these are few and their parts many, one takes 32 dimensions of it.
+    width = 32 if regions * group < space.programs else _power_of_2(dim)
+    merging = regions * group * -(-dim // width)
+    scoring = 0 if received is None else min(-(-space.logits.shape[0] * block // SPAN), 8 * space.programs)
+    _merge[(scoring + merging,)](
+        out,
+        out if received is None else received,
+        offsets,
+        lengths,
+        space.maximum,
+        space.total,
+        space.weighted,
+        space.starts,
+        space.logits,
+        regions,
+        space.programs,
+        scoring,
+        float(forget),
+        group=group,
+        dim=dim,
+        block=block,
+        regions_p2=max(16, _power_of_2(regions)),
+        width=width,
+        group_p2=_power_of_2(group),
+        span=max(SPAN, block),
+        score=received is not None,
+        overlap=space.tuning.overlap,
+        num_warps=4,
+        **({"launch_pdl": True} if space.tuning.overlap else {}),
+    )
+
+
 def _check(
     query: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, lengths: Tensor, received: Tensor | None
 ) -> int:
@@ -378,20 +384,6 @@ def _check(
     return heads // regions
 
 
-def _most_tiles(keys: Tensor, regions: int, tuning: Tuning) -> int:
-    """Tiles that the slots make at most: each region ends in one that may not be full."""
-    return keys.shape[0] // tuning.block + regions
-
-
-def _even(most: int, regions: int) -> int:
-    """Programs, `most` or up to a tenth fewer: where it can be, as many for each region, or as many regions for each.
-
-    Then regions of one length are cut into equal parts, or not at all, and there is less or nothing to merge.
-    """
-    even = most - most % regions if regions <= most else -(-regions // -(-regions // most))
-    return even if even >= 0.9 * most else most
-
-
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -408,7 +400,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 if triton is not None:
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-    LOW = tl.constexpr(-1e38)  # below all logits, and unlike -inf nothing that subtraction makes nan of
 
     @triton.jit
     def _dot(a, b, acc):  # type: ignore[no-untyped-def]
@@ -424,75 +415,6 @@ if triton is not None:
         length = tl.load(lengths + region, mask=mask, other=0).to(tl.int32)
         return begin.to(tl.int64), tl.maximum(tl.minimum(length, size), 0)
 
-    @triton.jit
-    def _write(  # type: ignore[no-untyped-def]
-        out,
-        levels,
-        region,
-        head,
-        column,
-        best,
-        norm,
-        acc,
-        group: tl.constexpr,
-        dim: tl.constexpr,
-        keep: tl.constexpr,
-    ):
-        """A region's output, and its log-sum-exp if asked for. Of no entries: zeros."""
-        norm = tl.where(norm > 0, norm, 1.0)
-        row = region * group + head
-        tl.store(
-            out + row[:, None] * dim + column[None, :],
-            (acc / norm[:, None]).to(out.dtype.element_ty),
-            mask=(head < group)[:, None] & (column < dim)[None, :],
-        )
-        if keep:
-            tl.store(levels + row, best + tl.log2(norm), mask=head < group)
-
-    @triton.jit
-    def _merge(  # type: ignore[no-untyped-def]
-        out,
-        levels,
-        region,
-        maximum,
-        total,
-        weighted,
-        part,
-        count,
-        group: tl.constexpr,
-        dim: tl.constexpr,
-        group_p2: tl.constexpr,
-        dim_p2: tl.constexpr,
-        keep: tl.constexpr,
-    ):
-        """Writes a region's output out of its parts, which are `count` from `part` on."""
-        chunk: tl.constexpr = max(1, 8192 // (group_p2 * dim_p2))  # parts at a time: 64 values a thread
-        head = tl.arange(0, group_p2)
-        column = tl.arange(0, dim_p2)
-        best = tl.full([group_p2], LOW, tl.float32)
-        norm = tl.zeros([group_p2], tl.float32)
-        acc = tl.zeros([group_p2, dim_p2], tl.float32)
-        for index in range(0, count, chunk):
-            within = index + tl.arange(0, chunk)
-            at = (part + within)[:, None] * group + head[None, :]
-            mask = (within < count)[:, None] & (head < group)[None, :]
-            # .cg: from L2, where other multiprocessors' stores are.
-            top = tl.load(maximum + at, mask=mask, other=LOW, cache_modifier=".cg")
-            sums = tl.load(total + at, mask=mask, other=0.0, cache_modifier=".cg")
-            values = tl.load(
-                weighted + at[:, :, None] * dim + column[None, None, :],
-                mask=mask[:, :, None] & (column < dim)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            better = tl.maximum(best, tl.max(top, 0))
-            shrink = tl.exp2(best - better)
-            share = tl.exp2(top - better[None, :])
-            norm = norm * shrink + tl.sum(sums * share, 0)
-            acc = acc * shrink[:, None] + tl.sum(values * share[:, :, None], 0)
-            best = better
-        _write(out, levels, region, head, column, best, norm, acc, group, dim, keep)
-
     # A number that becomes 1 or a multiple of 16 must not compile anew: that may be in a graph's capture.
     @triton.jit(do_not_specialize=["regions"])
     def _attend(  # type: ignore[no-untyped-def]
@@ -501,15 +423,11 @@ if triton is not None:
         values,
         offsets,
         lengths,
-        out,
         maximum,
         total,
         weighted,
-        counters,
-        weights,
-        tops,
-        places,
-        levels,
+        starts,
+        logits,
         regions,
         scale,
         softcap,
@@ -519,162 +437,192 @@ if triton is not None:
         block: tl.constexpr,
         regions_p2: tl.constexpr,
         rows: tl.constexpr,
-        group_p2: tl.constexpr,
         capped: tl.constexpr,
-        keep: tl.constexpr,
+        keep_logits: tl.constexpr,
+        overlap: tl.constexpr,
     ):
-        """An equal run of tiles for each program: [tiles * p // programs, tiles * (p + 1) // programs)."""
+        """An equal run of tiles for each program; what it saw of each region goes to the workspace."""
+        if overlap:
+            tl.extra.cuda.gdc_launch_dependents()
         program = tl.program_id(0)
-        # Every program counts all tiles for itself: cheaper than a launch that does it once. A region with no entries
-        # has one tile all the same, so that somebody writes its output.
+        # Every program counts all tiles for itself: cheaper than a launch that does it once.
         each = tl.arange(0, regions_p2)
-        _, many = _live(offsets, lengths, each, each < regions)
-        tiles = tl.where(each < regions, tl.maximum(tl.cdiv(many, block), 1), 0)
+        inside = each < regions
+        _, many = _live(offsets, lengths, each, inside)
+        tiles = tl.cdiv(many, block)
         ends = tl.cumsum(tiles, 0)
         all_tiles = tl.sum(tiles, 0)
-        # No more programs than tiles: then none has an empty run, and a region's programs follow one another.
-        programs = tl.minimum(tl.num_programs(0), all_tiles)
-        if program >= programs:
-            return
-        run = all_tiles // programs
-        rest = all_tiles % programs  # tiles * p // programs without a product beyond 32 bits
-        first = program * run + program * rest // programs
-        last = first + run + ((program + 1) * rest // programs - program * rest // programs)
-        region = tl.sum((ends <= first).to(tl.int32), 0)
-        left = tl.sum(tl.where(each == region, ends, 0), 0) - first  # tiles of this region that are still to come
-        if keep and program == 0:
-            tl.store(counters + regions, all_tiles)
+        if program == 0:
+            tl.store(starts + each, ends - tiles, mask=inside)
+            tl.store(starts + regions, all_tiles)
+        run = tl.cdiv(all_tiles, tl.num_programs(0))
+        tile = program * run
+        last = tl.minimum(tile + run, all_tiles)
+        region = tl.sum((ends <= tile).to(tl.int32), 0)
+        region_start = tl.sum(tl.where(each < region, tiles, 0), 0)
 
         row = tl.arange(0, rows)
         column = tl.arange(0, dim_p2)
         entry_in_tile = tl.arange(0, block)
-        best = tl.full([rows], LOW, tl.float32)
-        norms = tl.zeros([rows, block], tl.float32)  # summed over entries where a region ends: fewer barriers
-        acc = tl.zeros([rows, dim_p2], tl.float32)
-        # One loop over all regions of the run, queries loaded with each tile: so the pipeline of loads never drains.
-        for step in range(last - first):
-            tile = first + step
-            # Triton loads ahead only where all that the next step needs for its addresses (region and left, carried) is
-            # also needed for the addresses of this one: it runs exactly this ahead of the arithmetic.
-            fresh = left == 0
-            region += fresh.to(tl.int32)
+        while tile < last:
             begin, length = _live(offsets, lengths, region, region < regions)
-            its_tiles = tl.maximum(tl.cdiv(length, block), 1)
-            left = tl.where(fresh, its_tiles, left) - 1
-            index = its_tiles - 1 - left
-            alive = entry_in_tile < length - index * block
+            region_end = region_start + tl.cdiv(length, block)
+            stop = tl.minimum(region_end, last)
             q = tl.load(
                 query + (region * group + row)[:, None] * dim + column[None, :],
                 mask=(row < group)[:, None] & (column < dim)[None, :],
                 other=0.0,
             )
-            slot = begin + index * block
-            where = entry_in_tile[:, None] * dim + column[None, :]
-            mask = alive[:, None] & (column < dim)[None, :]
-            # Read once: gone first from L2, so that the workspace stays in it.
-            k = tl.load(keys + slot * dim + where, mask=mask, other=0.0, eviction_policy="evict_first")
-            v = tl.load(values + slot * dim + where, mask=mask, other=0.0, eviction_policy="evict_first")
-            score = _dot(q, tl.trans(k), tl.zeros([rows, block], tl.float32)) * scale
-            if capped:  # tanh by the exponential that there is; it ends at 1 where the exponential overflows
-                score = softcap * (1.0 - 2.0 / (tl.exp2(score / softcap * 2.8853900817779268) + 1.0))
-            score = tl.where(alive[None, :], score, float("-inf"))
-            better = tl.maximum(best, tl.max(score, 1))
-            shrink = tl.exp2(best - better)
-            weight = tl.exp2(score - better[:, None])
-            norms = norms * shrink[:, None] + weight
-            acc = _dot(weight.to(v.dtype), v, acc * shrink[:, None])
-            best = better
-            if keep:
-                # By tile, not by slot: aligned whatever the region's first slot.
-                at = tile.to(tl.int64) * group + row
-                tl.store(
-                    weights + at[:, None] * block + entry_in_tile[None, :],
-                    weight.to(tl.float16),
-                    mask=(row < group)[:, None] & (entry_in_tile >= 0)[None, :],
-                )
-                tl.store(tops + at, best, mask=row < group)
-                place = places + tile.to(tl.int64) * 3
-                tl.store(place, slot)
-                tl.store(place + 1, tl.minimum(length - index * block, block).to(tl.int64))
-                tl.store(place + 2, region.to(tl.int64))
-            if (left == 0) | (tile + 1 == last):
-                norm = tl.sum(norms, 1)
-                if (tile - index >= first) & (left == 0):
-                    _write(out, levels, region, row, column, best, norm, acc, group, dim, keep)
-                else:
-                    part = (program + region) * group + row
-                    tl.store(maximum + part, best, mask=row < group)
-                    tl.store(total + part, norm, mask=row < group)
+            region_keys = keys + begin * dim
+            region_values = values + begin * dim
+            best = tl.full([rows], float("-inf"), tl.float32)
+            norm = tl.zeros([rows], tl.float32)
+            acc = tl.zeros([rows, dim_p2], tl.float32)
+            for index in range(tile - region_start, stop - region_start):
+                entry = index * block + entry_in_tile
+                alive = entry < length
+                where = entry[:, None] * dim + column[None, :]
+                mask = alive[:, None] & (column < dim)[None, :]
+                # Read once: gone first from L2, so that the workspace stays in it.
+                k = tl.load(region_keys + where, mask=mask, other=0.0, eviction_policy="evict_first")
+                v = tl.load(region_values + where, mask=mask, other=0.0, eviction_policy="evict_first")
+                score = _dot(q, tl.trans(k), tl.zeros([rows, block], tl.float32)) * scale
+                if capped:  # tanh by the exponential that there is; it ends at 1 where the exponential overflows
+                    score = softcap * (1.0 - 2.0 / (tl.exp2(score / softcap * 2.8853900817779268) + 1.0))
+                if keep_logits:
+                    # By tile, not by slot: aligned whatever the region's first slot.
+                    at = logits + (region_start + index).to(tl.int64) * (group * block)
                     tl.store(
-                        weighted + part[:, None] * dim + column[None, :],
-                        acc,
-                        mask=(row < group)[:, None] & (column < dim)[None, :],
+                        at + row[:, None] * block + entry_in_tile[None, :],
+                        score,
+                        mask=(row < group)[:, None] & alive[None, :],
                     )
-                best = tl.full([rows], LOW, tl.float32)
-                norms = tl.zeros([rows, block], tl.float32)
-                acc = tl.zeros([rows, dim_p2], tl.float32)
+                score = tl.where(alive[None, :], score, float("-inf"))
+                better = tl.maximum(best, tl.max(score, 1))
+                shrink = tl.exp2(best - better)
+                weight = tl.exp2(score - better[:, None])
+                norm = norm * shrink + tl.sum(weight, 1)
+                acc = _dot(weight.to(v.dtype), v, acc * shrink[:, None])
+                best = better
+            part = (program + region) * group + row
+            tl.store(maximum + part, best, mask=row < group)
+            tl.store(total + part, norm, mask=row < group)
+            tl.store(
+                weighted + part[:, None] * dim + column[None, :],
+                acc,
+                mask=(row < group)[:, None] & (column < dim)[None, :],
+            )
+            tile = stop
+            region_start = region_end
+            region += 1
 
-        # Only a run's first and last region can have tiles in other runs. Whoever arrives last at such a region merges
-        # it; nobody waits. What makes all its parts visible to that program:
-        # - the barrier orders every thread's stores above before its thread that does the atomic;
-        # - the atomic releases them (to the device) and acquires what the programs that arrived before released;
-        # - its result reaches the other threads through shared memory and a barrier, and they load parts only after it.
-        # The counter goes back to zero by the last program that will touch it, and the next launch sees that.
-        for side in range(2):
-            tile = first + side * (last - 1 - first)
-            region = tl.sum((ends <= tile).to(tl.int32), 0)
-            region_end = tl.sum(tl.where(each == region, ends, 0), 0)
-            region_start = region_end - tl.sum(tl.where(each == region, tiles, 0), 0)
-            cut = (region_start < first) | (region_end > last)
-            if cut & ((side == 0) | (region_start > first)):  # not the same region a second time
-                # Tile t is program ((t + 1) * programs - 1) // tiles's.
-                from_program = (((region_start + 1).to(tl.int64) * programs - 1) // all_tiles).to(tl.int32)
-                to_program = ((region_end.to(tl.int64) * programs - 1) // all_tiles).to(tl.int32)
-                count = to_program - from_program + 1
-                tl.debug_barrier()
-                arrived = tl.atomic_add(counters + region, 1, sem="acq_rel", scope="gpu")
-                if arrived == count - 1:
-                    tl.store(counters + region, 0)
-                    part = from_program + region
-                    _merge(
-                        out, levels, region, maximum, total, weighted, part, count, group, dim, group_p2, dim_p2, keep
-                    )
+    @triton.jit
+    def _parts(starts, region, programs, run):  # type: ignore[no-untyped-def]
+        """First part of a region and how many it has."""
+        first = tl.load(starts + region)
+        end = tl.load(starts + region + 1)
+        first_program = first // run
+        count = tl.where(end > first, (end - 1) // run - first_program + 1, 0)
+        return first_program + region, count
 
-    @triton.jit(do_not_specialize=["regions"])
-    def _score(  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["regions", "programs", "scoring"])
+    def _merge(  # type: ignore[no-untyped-def]
+        out,
         received,
-        counters,
-        weights,
-        tops,
-        places,
-        levels,
+        offsets,
+        lengths,
+        maximum,
+        total,
+        weighted,
+        starts,
+        logits,
         regions,
+        programs,
+        scoring,
         forget,
         group: tl.constexpr,
+        dim: tl.constexpr,
         block: tl.constexpr,
+        regions_p2: tl.constexpr,
+        width: tl.constexpr,
         group_p2: tl.constexpr,
-        each: tl.constexpr,
+        span: tl.constexpr,
+        score: tl.constexpr,
+        overlap: tl.constexpr,
     ):
-        """Scales the exponentials of some tiles by what their regions came to, and adds them to `received`."""
-        tile = tl.program_id(0) * each + tl.arange(0, each)
-        there = tile < tl.load(counters + regions)
-        tile = tile.to(tl.int64)
-        head = tl.arange(0, group_p2)
-        entry = tl.arange(0, block)
-        slot = tl.load(places + tile * 3, mask=there, other=0)
-        live = tl.load(places + tile * 3 + 1, mask=there, other=0)
-        region = tl.load(places + tile * 3 + 2, mask=there, other=0)
-        mask = there[:, None] & (head < group)[None, :]
-        at = tile[:, None] * group + head[None, :]
-        weight = tl.load(
-            weights + at[:, :, None] * block + entry[None, None, :],
-            mask=mask[:, :, None] & (entry >= 0)[None, None, :],
-            other=0.0,
-        )
-        alive = entry[None, :] < live[:, None]
-        into = received + slot[:, None] + entry[None, :]
-        so_far = tl.load(into, mask=alive, other=0.0)
-        top = tl.load(tops + at, mask=mask, other=0.0)
-        level = tl.load(levels + region[:, None] * group + head[None, :], mask=mask, other=0.0)
-        share = tl.sum(weight.to(tl.float32) * tl.exp2(top - level)[:, :, None], 1)
-        tl.store(into, so_far * forget + share, mask=alive)
+        """The last programs merge parts into `out`; those before them, if any, add weights to `received`."""
+        if overlap:
+            tl.extra.cuda.gdc_wait()
+        pid = tl.program_id(0)
+        all_tiles = tl.load(starts + regions)
+        run = tl.maximum(tl.cdiv(all_tiles, programs), 1)
+        chunk: tl.constexpr = 32  # parts at a time
+        if pid >= scoring:
+            slices: tl.constexpr = (dim + width - 1) // width
+            row = (pid - scoring) // slices  # of (regions * group)
+            column = (pid - scoring) % slices * width + tl.arange(0, width)
+            region = row // group
+            first, count = _parts(starts, region, programs, run)
+            best = float("-inf")
+            norm = 0.0
+            acc = tl.zeros([width], tl.float32)
+            for index in range(0, count, chunk):
+                part = index + tl.arange(0, chunk)
+                at = (first + part) * group + row % group
+                top = tl.load(maximum + at, mask=part < count, other=float("-inf"))
+                sums = tl.load(total + at, mask=part < count, other=0.0)
+                values = tl.load(
+                    weighted + at[:, None] * dim + column[None, :],
+                    mask=(part < count)[:, None] & (column < dim)[None, :],
+                    other=0.0,
+                )
+                better = tl.maximum(best, tl.max(top, 0))
+                shrink = tl.exp2(best - better)
+                share = tl.exp2(top - better)
+                norm = norm * shrink + tl.sum(sums * share, 0)
+                acc = acc * shrink + tl.sum(values * share[:, None], 0)
+                best = better
+            acc = acc / tl.where(count > 0, norm, 1.0)
+            tl.store(out + row * dim + column, acc.to(out.dtype.element_ty), mask=column < dim)
+        elif score:
+            each = tl.arange(0, regions_p2)
+            ends = tl.load(starts + 1 + each, mask=each < regions, other=2147483647)
+            mine = tl.cdiv(all_tiles, scoring)
+            tile = pid * mine
+            last = tl.minimum(tile + mine, all_tiles)
+            region = tl.sum((ends <= tile).to(tl.int32), 0)
+            head = tl.arange(0, group_p2)
+            within = tl.arange(0, span)
+            while tile < last:
+                begin, length = _live(offsets, lengths, region, region < regions)
+                region_start = tl.load(starts + region)
+                stop = tl.minimum(tl.load(starts + region + 1), last)
+                first, count = _parts(starts, region, programs, run)
+                best = tl.full([group_p2], float("-inf"), tl.float32)
+                norm = tl.zeros([group_p2], tl.float32)
+                for index in range(0, count, chunk):
+                    part = index + tl.arange(0, chunk)
+                    at = (first + part)[:, None] * group + head[None, :]
+                    mask = (part < count)[:, None] & (head < group)[None, :]
+                    top = tl.load(maximum + at, mask=mask, other=float("-inf"))
+                    sums = tl.load(total + at, mask=mask, other=0.0)
+                    # A padded head has no maximum; -inf - -inf would be nan.
+                    better = tl.maximum(tl.maximum(best, tl.max(top, 0)), -3.0e38)
+                    norm = norm * tl.exp2(best - better) + tl.sum(sums * tl.exp2(top - better[None, :]), 0)
+                    best = better
+                level = best + tl.log2(
+                    tl.maximum(norm, 1.0)
+                )  # log-sum-exp; the largest logit itself makes norm at least 1
+                for index in range(tile - region_start, stop - region_start, span // block):
+                    its_tile = index + within // block
+                    entry = index * block + within
+                    alive = (its_tile < stop - region_start) & (entry < length)
+                    mask = (head < group)[:, None] & alive[None, :]
+                    at = (region_start + its_tile).to(tl.int64) * (group * block) + within % block
+                    logit = tl.load(logits + at[None, :] + head[:, None] * block, mask=mask, other=float("-inf"))
+                    weight = tl.where(mask, tl.exp2(logit - level[:, None]), 0.0)
+                    slot = received + begin + entry
+                    score_so_far = tl.load(slot, mask=alive, other=0.0)
+                    tl.store(slot, score_so_far * forget + tl.sum(weight, 0), mask=alive)
+                tile = stop
+                region += 1

@@ -79,7 +79,7 @@ class Coder(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Coding(Spec):
-    """How entries are written; any policy takes any coding: `h2o:keep=0.2,code=groups(bits=4)`.
+    """How entries are written, the field `code` of every policy: `h2o:keep=0.2,code=groups(bits=4)`.
 
     Class attributes: `name`; `paper`, None for common knowledge; `claim`, one line: what it is said to do.
     """
