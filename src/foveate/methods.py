@@ -287,11 +287,11 @@ def apply(
     def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
         if calibration is not None:
             return calibration.to(model.device)
-        prose = tokens(load_text("prose").calibration, tokenizer_())
-        if length > prose.shape[1]:  # all of it, and code
-            code = tokens(load_text("code").calibration, tokenizer_(), length - prose.shape[1])
-            prose = torch.cat([prose, code], dim=1)
-        return prose[:, :length].to(model.device)
+        ids: Tensor = tokens(load_text("prose").calibration, tokenizer_())
+        if length > ids.shape[1]:  # all of it, and code
+            code = tokens(load_text("code").calibration, tokenizer_(), length - ids.shape[1])
+            ids = torch.cat([ids, code], dim=1)
+        return ids[:, :length].to(model.device)
 
     recipe = Recipe.of(recipe)
     with ExitStack() as stack:

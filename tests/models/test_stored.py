@@ -21,8 +21,8 @@ def test_made_once(tmp_path, monkeypatch):
     assert len(made) == 1
     stored(model, "test", "2", make)
     assert len(made) == 2
-    files = list((tmp_path / "measured").iterdir())
-    assert len(files) == 2 and all(path.suffix == ".safetensors" for path in files)
+    files = list((tmp_path / "measured").glob("*.safetensors"))
+    assert len(files) == 2 and not list((tmp_path / "measured").glob("*.part"))
     for path in files:
         path.write_bytes(b"half a file")
     assert stored(model, "test", "1", make)["scores"].tolist() == [[0.5, 0.25]]

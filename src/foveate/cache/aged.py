@@ -103,9 +103,9 @@ class TwentiethCache(Aged):
     Example:
         >>> from foveate.methods import Recipe
         >>> str(Recipe.of("twentieth-cache").methods[0].code)
-        'tiers:rest=product(share=0.038)'
+        'tiers:rest=product(share=0.036)'
     """
 
     claim: ClassVar[str] = "a twentieth of the bytes finds 9 of 10 passkeys, at 6% more perplexity at most"
 
-    code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.038))
+    code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.036))

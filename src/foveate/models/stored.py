@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,15 +49,16 @@ def stored(model: PreTrainedModel, what: str, version: str, make: Callable[[], d
     """
     key = hashlib.sha256(f"{fingerprint(model)} {what} {version}".encode()).hexdigest()[:16]
     path = cache_dir() / "measured" / f"{what}-{key}.safetensors"
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        pass
-    except (SafetensorError, OSError):
-        path.unlink(missing_ok=True)  # a damaged file is made anew
-    made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file(made, part, metadata={"what": what, "version": version})
-    os.replace(part, path)
-    return made
+    with FileLock(path.with_suffix(".lock")):  # of several processes that want it, one makes it
+        try:
+            return load_file(path)
+        except FileNotFoundError:
+            pass
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)  # a damaged file is made anew
+        made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(made, part, metadata={"what": what, "version": version})
+        os.replace(part, path)
+        return made

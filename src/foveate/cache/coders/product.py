@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.cache.coders.base import Coder, Coding, coding
-from foveate.cache.coders.statistics import LayerStatistics, entry_statistics, join
+from foveate.cache.coders.statistics import TOKENS, LayerStatistics, entry_statistics, join
 from foveate.errors import FoveateError
 from foveate.measure.shown import Shown
 from foveate.methods import Paper, Target
@@ -22,6 +22,8 @@ SLACK = 0.7  # components this much below the water level still go into the last
 ROUNDS = 15  # of k-means, on EXAMPLES entries; then two on all
 EXAMPLES = 8192
 WORDS = 256
+SHIPPED = (0.036, 0.085, 0.185)
+"""The shares of the recipes that ship by name. They are fitted together, since what takes longest serves all three."""
 
 
 @coding("product")
@@ -66,37 +68,50 @@ class Product(Coding):
             raise FoveateError(f"product: share={self.share} is outside (0, 1]: it is a fraction of 16 bits.")
 
     def coder(self, target: Target) -> Coder:
-        ids = target.calibration()
-        version = f"1 {self.share} {Coder.sinks} {text_digest(ids)}"
+        shares = SHIPPED if self.share in SHIPPED else (self.share,)
+        version = f"2 {shares} {Coder.sinks} {text_digest(target.calibration(TOKENS))}"
 
         def make() -> dict[str, Tensor]:
-            with Shown(f"what {self} needs") as progress:
-                return fit(target, self.share, Coder.sinks, progress)
+            with Shown(f"what product(share={self.share:g}) needs") as progress:
+                return fit(target, shares, Coder.sinks, progress)
 
-        return ProductCoder(anatomy(target.model), stored(target.model, "product", version, make), target.model.device)
+        fitted = stored(target.model, "product", version, make)
+        mine = {name: x for name, x in fitted.items() if name.endswith(f".{shares.index(self.share)}")}
+        return ProductCoder(anatomy(target.model), mine, target.model.device)
 
 
 def fit(
-    target: Target, share: float, sinks: int, progress: Callable[[float], None] = lambda done: None
+    target: Target, shares: tuple[float, ...], sinks: int, progress: Callable[[float], None] = lambda done: None
 ) -> dict[str, Tensor]:
-    """The transforms and codewords of every layer, by name and layer, in the shapes that `ProductCoder` says."""
-    statistics = entry_statistics(target, sinks, lambda done: progress(0.8 * done))
+    """The transforms and codewords of every layer for each share, as `NAME.LAYER.PLACE`, place that of the share.
+
+    Names: `mean` (channels,); `into` (channels, components), float16; `back` (components, channels), float16; `sizes`
+    (groups,), components of each; `words` (256, components), float16.
+    """
+    statistics = entry_statistics(target, sinks, lambda done: progress(0.5 * done))
     kv_heads = anatomy(target.model).kv_heads
     transforms = {layer: _transform(s) for layer, s in statistics.items()}
-    level = _water_level({layer: t[2] for layer, t in transforms.items()}, share)
-    tensors = {}
-    for done, (layer, s) in enumerate(statistics.items()):
-        into, back, cost = transforms[layer]
-        # As many bytes for every KV head, so that the codes lie beside each other as entries do.
-        count = min(len(cost), kv_heads * max(1, round(float(_rates(cost, level).sum()) / 8 / kv_heads)))
-        count -= count % kv_heads
-        sizes = _groups(cost, count)
-        used = sum(sizes)
-        words = _codewords(s.rows @ into[:, :used], sizes)
-        tensors |= {f"mean.{layer}": s.mean, f"sizes.{layer}": torch.tensor(sizes)}
-        tensors |= {f"into.{layer}": into[:, :used].half(), f"back.{layer}": back[:used].half()}
-        tensors |= {f"words.{layer}": words.half()}
-        progress(0.8 + 0.2 * (done + 1) / len(statistics))
+    costs = {layer: cost for layer, (_, _, cost) in transforms.items()}
+    tensors: dict[str, Tensor] = {}
+    done = 0.0
+    for place, share in enumerate(shares):
+        level = _water_level(costs, share)
+        for layer, s in statistics.items():
+            into, back, cost = transforms[layer]
+            # As many bytes for every KV head, so that the codes lie beside each other as entries do.
+            count = kv_heads * max(1, round(float(_rates(cost, level).sum()) / 8 / kv_heads))
+            sizes = _groups(cost, min(count, len(cost) // kv_heads * kv_heads))
+            used = sum(sizes)
+            made = {
+                "mean": s.mean,
+                "into": into[:, :used].half(),
+                "back": back[:used].half(),
+                "sizes": torch.tensor(sizes),
+                "words": _codewords(s.rows @ into[:, :used], sizes).half(),
+            }
+            tensors |= {f"{name}.{layer}.{place}": tensor for name, tensor in made.items()}
+            done += share / sum(shares) / len(statistics)
+            progress(0.5 + 0.5 * done)
     return tensors
 
 
@@ -208,15 +223,15 @@ class ProductCoder(Coder):
         self.heads, self.dim = parts.kv_heads, parts.head_dim
         self.of: dict[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
         for name, sizes in tensors.items():
-            if name.startswith("sizes."):
-                layer = int(name.removeprefix("sizes."))
+            kind, layer, place = name.split(".")
+            if kind == "sizes":
                 mean, into, back, words = (
-                    tensors[f"{part}.{layer}"].float().to(device) for part in ("mean", "into", "back", "words")
+                    tensors[f"{part}.{layer}.{place}"].float().to(device) for part in ("mean", "into", "back", "words")
                 )
                 filled = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
                 padded = words.new_zeros(WORDS, *filled.shape)
                 padded[:, filled] = words
-                self.of[layer] = (mean, into, back, padded.transpose(0, 1).contiguous(), filled)
+                self.of[int(layer)] = (mean, into, back, padded.transpose(0, 1).contiguous(), filled)
 
     def encode(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, tier: Tensor | None

@@ -57,6 +57,7 @@ def entry_statistics(
     ids = target.calibration(TOKENS)
     most = min(TEXT + FOLLOW, parts.max_positions, ids.shape[1])
     length = most - most // 5
+    pieces: list[tuple[Tensor, Tensor, Tensor | None]]
     pieces = [(ids[:, at : at + length], ids[:, at + length : at + most], None) for at in _starts(ids, most)]
     cases = needles(ids, target.tokenizer(), cases=NEEDLES, length=length, seed=1) if length > 200 else []
     pieces += [(c.text, torch.cat([c.question, c.answer], 1), c.answer) for c in cases]
