@@ -18,7 +18,7 @@ from rich.text import Text
 
 from foveate.claims import CLAIMS
 from foveate.errors import FoveateError
-from foveate.methods import Function, Method, Paper, techniques
+from foveate.methods import Function, Method, Paper, Part, techniques
 from foveate.specs import nearest
 
 CLAIMS_FOLDERS = (
@@ -35,7 +35,8 @@ class Entry:
 
     Attributes:
         name, role, claim: as the method says.
-        kind: "method", named in recipes; "function", called as `foveate.<name>`.
+        kind: "method", named in recipes; "function", called as `foveate.<name>`; of a part of methods the field
+            that takes it, "budget" or "code".
         fields: hyper-parameters and their defaults, as text; None: must be given.
         paper: None for common knowledge.
         verified: "holds", "fails", "needs device", "not yet" (there is an experiment that was not run), or
@@ -76,14 +77,14 @@ def catalog(role: str | None = None, claims: Path | None = None) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.role, entry.name))
 
 
-def _entry(cls: type[Method] | Function, claims: Path) -> Entry:
+def _entry(cls: type[Method] | type[Part] | Function, claims: Path) -> Entry:
     fields: dict[str, str | None]
     if isinstance(cls, Function):
         keywords = [p for p in inspect.signature(cls.call).parameters.values() if p.kind is p.KEYWORD_ONLY]
         kind, fields = "function", {p.name: str(p.default) for p in keywords}
     else:
         missing = dataclasses.MISSING
-        kind = "method"
+        kind = cls.field if issubclass(cls, Part) else "method"
         fields = {f.name: None if f.default is missing else str(f.default) for f in dataclasses.fields(cls)}
     verified, where = "not yet" if cls.name in CLAIMS else "no experiment", None
     result = claims / f"{cls.name}.json"
@@ -97,7 +98,9 @@ def _entry(cls: type[Method] | Function, claims: Path) -> Entry:
 
 def _called(entry: Entry) -> str:
     """The name as one writes it: in a recipe, or as a call."""
-    return f"fv.{entry.name}()" if entry.kind == "function" else entry.name
+    if entry.kind == "function":
+        return f"fv.{entry.name}()"
+    return entry.name if entry.kind == "method" else f"{entry.kind}={entry.name}"
 
 
 def to_json(role: str | None = None, claims: Path | None = None) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.cache import CachePolicy
+from foveate.kernels import decode, received
 from foveate.methods import METHODS
 from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, cache_dir, default_model_path
 from foveate.version import __version__
@@ -108,8 +109,14 @@ def _devices() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loop = decode.unavailable(device, torch.bfloat16, 128)
+    mass = received.available(torch.empty(0, 1, 1, 128, dtype=torch.bfloat16, device=device))
     return {
-        "foveate's own": "none yet: every role runs on PyTorch's operations",
+        "received attention": "Triton, beside PyTorch's attention"
+        if mass
+        else "blockwise in plain PyTorch: the kernel needs a CUDA device, bfloat16 or float16, and heads of 64 or 128",
+        "decoding over ragged caches": "Triton, in fv.DecodeLoop" if loop is None else f"plain PyTorch: {loop}",
         "attention": "scaled_dot_product_attention of PyTorch",
     }
 
@@ -123,8 +130,8 @@ def _paths() -> dict[str, str]:
     return {
         "all": f"on {place} unless --device or --dtype say otherwise",
         "cache": "scaled_dot_product_attention over the entries held; "
-        f"blockwise attention in plain PyTorch for {', '.join(receiving)}, because a fused one doesn't tell "
-        "how much attention each entry receives",
+        f"for {', '.join(receiving)} the kernel of received attention, or blockwise attention in plain PyTorch, "
+        "because a fused one doesn't tell how much each entry receives",
         "depth": "PyTorch: a skipped layer is not run, the others run as they are",
         "prune": "PyTorch: a removed part is not run; its scores come from calibration text, once a recipe",
         "steer": "blockwise attention in plain PyTorch for the heads that are adjusted; the rest runs as before",

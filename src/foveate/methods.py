@@ -149,9 +149,28 @@ def function(name: str, *, role: str, paper: Paper, claim: str) -> Callable[[F],
     return decorate
 
 
-def techniques() -> dict[str, type[Method] | Function]:
-    """All that was published and is here, by name: methods and functions."""
-    return {**METHODS.all(), **FUNCTIONS}
+class Part(Spec):
+    """A technique that is a field of methods: a budget, a coding. A role's own base class derives from it.
+
+    Class attributes: as of a method; `field`, the name of the field that takes it.
+    """
+
+    role: ClassVar[str]
+    field: ClassVar[str]
+    paper: ClassVar[Paper | None] = None
+    claim: ClassVar[str]
+
+
+PARTS: list[Registry[Any]] = []
+"""The registries of parts; filled as the rooms are imported."""
+
+
+def techniques() -> dict[str, type[Method] | type[Part] | Function]:
+    """All that was published and is here, by name: methods, functions, and parts of methods."""
+    known: dict[str, Any] = {**METHODS.all(), **FUNCTIONS}
+    for registry in PARTS:
+        known |= registry.all()
+    return known
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import transformers
 from foveate.claims import CLAIMS, Claim
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
-from foveate.methods import Function, Method, techniques
+from foveate.methods import Function, Method, Part, techniques
 from foveate.models.load import load, model_name
 from foveate.specs import nearest
 from foveate.tasks.base import Bench
@@ -47,7 +47,7 @@ class Verdict:
     date: str = ""
 
 
-def selected(names: Iterable[str] = (), role: str | None = None) -> dict[str, type[Method] | Function]:
+def selected(names: Iterable[str] = (), role: str | None = None) -> dict[str, type[Method] | type[Part] | Function]:
     """The methods with a claim that the names, or the role, ask for; all of them when nothing is asked for.
 
     Example:

@@ -13,8 +13,13 @@ from foveate.cache.coders.groups import Groups
 from foveate.cache.coders.product import Product
 from foveate.cache.coders.tiers import Tiers
 from foveate.cache.entries import CacheView
+from foveate.claims import Claim, Finding, claim
 from foveate.errors import FoveateError
-from foveate.methods import method
+from foveate.measure.bootstrap import Metric, perplexity, perplexity_ratio
+from foveate.methods import Recipe, apply, method
+from foveate.models.caches import cache_bytes, full_cache_bytes
+from foveate.tasks.base import Bench, passages, read, surprisal
+from foveate.tasks.passkey import Passkey
 
 
 @method("aged")
@@ -109,3 +114,69 @@ class TwentiethCache(Aged):
     claim: ClassVar[str] = "a twentieth of the bytes finds 9 of 10 passkeys, at 6% more perplexity at most"
 
     code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.036))
+
+
+class KeepsItsBudget(Claim):
+    """A recipe's goals: bytes, pass keys, and the perplexity of what follows on a passage."""
+
+    setting: ClassVar[str] = (
+        "prompts of 1,030 tokens in one forward; 20 pass keys, asked for after the prompt; 8 passages of the text, the "
+        "256 tokens after each prompt in one forward; bytes after the prompt, over the full cache in 16 bits"
+    )
+    share: ClassVar[float]
+    found: ClassVar[float]
+    loss: ClassVar[float]
+
+    def run(self, bench: Bench) -> Finding:
+        nll: dict[str, list[float]] = {}
+        held = 0
+        for done, recipe in enumerate(("full", self.method)):
+            nll[recipe] = []
+            with apply(bench.model, recipe, tokenizer=bench.tokenizer):
+                for ids in passages(bench, 8, 1030 + 256):
+                    last, cache = read(bench.model, ids[:, :1030], last=1)
+                    held = cache_bytes(cache)
+                    logits, _ = read(bench.model, ids[:, 1030:], cache)
+                    logits = torch.cat([last, logits[:, :-1]], dim=1)
+                    nll[recipe].append(float(surprisal(logits, ids[:, 1030:]).double().sum()))
+            bench.progress((done + 1) / 4)
+        keys = {recipe: Passkey(cases=20, tokens=1030).measure(bench, Recipe.of(recipe)) for recipe in nll}
+        full = full_cache_bytes(bench.model, 1030) * 2 // bench.model.dtype.itemsize
+        over = perplexity_ratio(nll[self.method], nll["full"], [256] * 8)
+        ours = keys[self.method].metrics["passkey"]
+        return Finding(
+            {
+                "bytes over the full cache's in 16 bits": Metric.exact(held / full),
+                "pass keys found": ours,
+                "pass keys found, full cache": keys["full"].metrics["passkey"],
+                "perplexity, full cache": perplexity(nll["full"], [256] * 8),
+                "perplexity over full": over,
+            },
+            {
+                f"at most {self.share:.0%} of the bytes": held <= self.share * full,
+                f"at least {self.found:.0%} of the pass keys": ours.value >= self.found,
+                f"at most {self.loss:.1%} more perplexity": over.value <= 1 + self.loss,
+            },
+        )
+
+
+@claim("fifth-cache")
+class FifthKeepsItsBudget(KeepsItsBudget):
+    statement: ClassVar[str] = "a fifth of the bytes finds every pass key, at no more than 0.6% more perplexity (ours)"
+    share, found, loss = 0.2, 1.0, 0.006
+
+
+@claim("tenth-cache")
+class TenthKeepsItsBudget(KeepsItsBudget):
+    statement: ClassVar[str] = (
+        "a tenth of the bytes finds 19 of 20 pass keys, at no more than 2% more perplexity (ours)"
+    )
+    share, found, loss = 0.1, 0.95, 0.02
+
+
+@claim("twentieth-cache")
+class TwentiethKeepsItsBudget(KeepsItsBudget):
+    statement: ClassVar[str] = (
+        "a twentieth of the bytes finds 9 of 10 pass keys, at no more than 6% more perplexity (ours)"
+    )
+    share, found, loss = 0.05, 0.9, 0.06

@@ -355,7 +355,7 @@ def _tried(policy: CachePolicy, parts: Anatomy) -> tuple[bool, bool]:
     """Tried on made-up entries: whether they score the same in any order, and nothing is noted for later; and whether
     the score is the position."""
     random = torch.Generator().manual_seed(0)
-    entries, dim = 8, parts.head_dim
+    entries, dim = 1024, parts.head_dim  # more than what a policy looks at together, such as a window
     keys, values = torch.randn(2, 1, parts.kv_heads, entries, dim, generator=random)
     query = torch.randn(1, parts.heads, 1, dim, generator=random)
     positions = torch.arange(4, 4 + entries, dtype=torch.int32).expand(1, parts.kv_heads, -1)

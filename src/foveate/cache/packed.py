@@ -159,7 +159,11 @@ class Packed:
         masks = _bytes_of(coder, layer, rest, tier, most)
         key_codes, value_codes = spread(self.key_codes, masks[0]), spread(self.value_codes, masks[1])
         keys, values = coder.decode(layer, key_codes, value_codes, positions, tier, dtype)
-        keys[first], values[first] = self.whole.to(dtype)
+        whole_keys, whole_values = (spread(x.to(dtype), first) for x in self.whole)
+        keys, values = (
+            torch.where(first[..., None], whole_keys, keys),
+            torch.where(first[..., None], whole_values, values),
+        )
         return Entries(keys, values, positions, received, key_codes, value_codes, tier)
 
 

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from foveate.cache.coders import CODINGS
 from foveate.cache.coders.base import pack_bits, unpack_bits
+from foveate.cache.coders.product import _groups
 from foveate.cache.packed import Packed
 from foveate.errors import FoveateError
 from foveate.methods import Recipe, apply
 from foveate.models.anatomy import anatomy
 from foveate.models.caches import cache_bytes
-from foveate.models.tiny import TINY_FAMILIES, tiny
+from foveate.models.tiny import TINY_FAMILIES, tiny, tiny_tokenizer
 
 IDS = torch.randint(3, 120, (1, 60), generator=torch.Generator().manual_seed(1))
 TEXT = torch.randint(3, 120, (1, 96), generator=torch.Generator().manual_seed(2))
@@ -132,3 +133,57 @@ def test_bad_codes_get_a_sentence(recipe, says):
 def test_codings_say_what_they_are():
     for name, cls in CODINGS.all().items():
         assert cls.claim and cls.__doc__, name
+
+
+def test_product_refuses_heads_that_hold_different_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
+    recipe = "h2o:keep=0.5,code=product(share=0.2)"
+    with pytest.raises(FoveateError, match="different tokens"), apply(MODEL, recipe, **FITTED):
+        cache = MODEL(IDS[:, :40], use_cache=True).past_key_values
+        MODEL(IDS[:, 40:], past_key_values=cache, use_cache=True)
+
+
+FITTED = {"calibration": TEXT.repeat(1, 8)[:, torch.randperm(768)], "tokenizer": tiny_tokenizer()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_more_product_bytes_are_nearer_to_the_full_cache(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
+    model, errors, sizes = tiny(family), [], []
+    with torch.no_grad():
+        full = model(IDS, use_cache=True).logits[:, 40:]
+    for share in (0.05, 0.2, 0.8):
+        recipe = f"aged:fresh=4,code=tiers(rest=product(share={share}),best=groups(group=8))"
+        with apply(model, recipe, **FITTED), torch.no_grad():
+            cache = model(IDS[:, :40], use_cache=True).past_key_values
+            sizes.append(cache_bytes(cache))
+            ours = model(IDS[:, 40:], past_key_values=cache, use_cache=True).logits
+        errors.append(float((ours - full).norm() / full.norm()))
+    assert errors[0] > errors[1] > errors[2] and sizes[0] < sizes[1] < sizes[2]
+
+
+def test_old_entries_are_coded_once_and_step_by_step_is_the_same_in_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
+    recipe = "aged:fresh=6,code=tiers(rest=product(share=0.2),best=groups(group=8))"
+    short = IDS[:, 9:]
+    batch = torch.cat([IDS, torch.cat([IDS[:, :9] * 0, short], 1)])
+    mask = torch.ones_like(batch)
+    mask[1, :9] = 0
+    with apply(MODEL, recipe, **FITTED), torch.no_grad():
+        both = MODEL.generate(batch, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        for row, ids in ((0, IDS), (1, short)):
+            assert torch.equal(both[row, -12:], MODEL.generate(ids, max_new_tokens=12, do_sample=False)[0, -12:])
+        cache = MODEL(IDS[:, :40], use_cache=True).past_key_values
+        before = cache.layers[1].padded.key_codes[0, :, 4:30].clone()
+        for at in range(40, 60):
+            cache = MODEL(IDS[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
+        layer = cache.layers[1].padded
+        assert torch.equal(layer.key_codes[0, :, 4:30], before)
+        assert layer.tier[0, 0].tolist() == [1] * 54 + [0] * 6
+
+
+@given(seed=st.integers(0, 50), count=st.integers(1, 12))
+def test_groups_share_the_bits(seed, count):
+    cost = (3 * torch.randn(40, generator=torch.Generator().manual_seed(seed))).exp().double().sort(descending=True)[0]
+    sizes = _groups(cost, count)
+    assert len(sizes) == count and min(sizes) >= 1 and sum(sizes) <= 40

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate.cache.budgets.base import Budget, budget
+from foveate.cache.budgets.trial import BeatsUniform
+from foveate.claims import claim
 from foveate.errors import FoveateError
 from foveate.methods import Paper
 
@@ -69,3 +71,11 @@ class Adaptive(Budget):
         held_before = most_first.cumsum(-1) - most_first
         needed = (held_before < self.mass * received.sum(-1, keepdim=True)) & (most_first > 0)
         return (needed.sum(-1) / live.sum(-1).clamp(min=1)).expand(-1, view.positions.shape[1])
+
+
+@claim("adaptive")
+class AdaptiveBeatsUniform(BeatsUniform):
+    statement: ClassVar[str] = (
+        "layers differ in how many tokens they need: at the same total, budgets by the attention's mass are "
+        "better than the same for all (section 4)"
+    )

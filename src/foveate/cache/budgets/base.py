@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 import torch
 from torch import Tensor
 
-from foveate.methods import Paper, Target
-from foveate.specs import Registry, Spec
+from foveate.methods import PARTS, Part, Target
+from foveate.specs import Registry
 
 if TYPE_CHECKING:
     from foveate.cache.entries import CacheView
@@ -23,7 +23,7 @@ EVERYTHING = torch.inf
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget(Spec):
+class Budget(Part):
     """How a policy's entries are spread; any policy takes any budget: `h2o:keep=0.2,budget=pyramid`.
 
     A budget gives each KV head a weight; `allot` turns weights into entries, whose mean is the policy's own `keep` or
@@ -33,10 +33,9 @@ class Budget(Spec):
     `measured`, whether it overrides `measure`.
     """
 
+    role: ClassVar[str] = "cache"
+    field: ClassVar[str] = "budget"
     measured: ClassVar[bool] = False
-
-    paper: ClassVar[Paper | None] = None
-    claim: ClassVar[str]
 
     def check(self, who: str, keep: float | None) -> None:
         """Raise FoveateError where this budget can't be met at the mean `keep` (None: the policy counts entries)."""
@@ -59,6 +58,7 @@ def load_budgets() -> None:
 
 BUDGETS: Registry[Budget] = Registry("budget", load_budgets)
 Budget.registry = BUDGETS
+PARTS.append(BUDGETS)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from foveate.cache.budgets.base import Budget, budget
+from foveate.cache.budgets.trial import BeatsUniform
+from foveate.claims import claim
 from foveate.errors import FoveateError
 from foveate.methods import Paper
 
@@ -65,3 +67,11 @@ class Density(Budget):
         square = share.square().sum(-1).where(live.sum(-1) > 1, even)
         variance = ((square - even) / (1 - even)).mean(-1, keepdim=True)
         return (-self.sharpness * variance).exp().expand(-1, live.shape[1])
+
+
+@claim("density")
+class DensityBeatsUniform(BeatsUniform):
+    statement: ClassVar[str] = (
+        "layers with dense attention need more entries: at the same total, budgets by density are better than "
+        "the same for all (abstract)"
+    )

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from foveate.cache.budgets.base import budget
 from foveate.cache.budgets.heads import HeadsBudget
+from foveate.cache.budgets.trial import FindsPasskeys
+from foveate.claims import claim
 from foveate.methods import Paper, Target, UnitScores
 from foveate.scores import gates_of
 
@@ -38,3 +40,11 @@ class Gates(HeadsBudget):
 
     def scores(self, target: Target) -> UnitScores:
         return gates_of(target)
+
+
+@claim("gates")
+class GatesFindsPasskeys(FindsPasskeys):
+    statement: ClassVar[str] = (
+        "keeping everything in the heads whose view of the far past adds most to answers and text keeps "
+        "retrieval, and keeping it in as many others does not (ours)"
+    )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate.cache.budgets.base import Budget, budget
+from foveate.cache.budgets.trial import BeatsUniform
+from foveate.claims import claim
 from foveate.errors import FoveateError
 from foveate.methods import Paper, Target
 from foveate.models.anatomy import anatomy
@@ -45,3 +47,11 @@ class Pyramid(Budget):
     def weights(self, target: Target, keep: float | None) -> Tensor:
         parts = anatomy(target.model)
         return torch.linspace(self.slope, 1, len(parts.layers))[:, None].repeat(1, parts.kv_heads)
+
+
+@claim("pyramid")
+class PyramidBeatsUniform(BeatsUniform):
+    statement: ClassVar[str] = (
+        "first layers need more entries than last ones: at the same total, a pyramid is better than the same "
+        "for all (section 5)"
+    )

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from foveate.cache.budgets.base import budget
 from foveate.cache.budgets.heads import HeadsBudget
+from foveate.cache.budgets.trial import FindsPasskeys
+from foveate.claims import claim
 from foveate.methods import Paper, Target, UnitScores
 from foveate.scores import retrieval_of
 
@@ -38,3 +40,11 @@ class Retrieval(HeadsBudget):
 
     def scores(self, target: Target) -> UnitScores:
         return retrieval_of(target)
+
+
+@claim("retrieval")
+class RetrievalFindsPasskeys(FindsPasskeys):
+    statement: ClassVar[str] = (
+        "a small part of the heads retrieves from the far past; keeping everything in these alone keeps "
+        "retrieval, and keeping it in as many others does not (abstract)"
+    )

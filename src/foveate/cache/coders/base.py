@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from foveate.cache.attend import rotate
-from foveate.methods import Paper, Target
+from foveate.methods import PARTS, Part, Target
 from foveate.models.anatomy import Anatomy, anatomy
-from foveate.specs import Registry, Spec
+from foveate.specs import Registry
 
 C = TypeVar("C", bound=type)
 
@@ -78,14 +78,14 @@ class Coder(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coding(Spec):
+class Coding(Part):
     """How entries are written, the field `code` of every policy: `h2o:keep=0.2,code=groups(bits=4)`.
 
     Class attributes: `name`; `paper`, None for common knowledge; `claim`, one line: what it is said to do.
     """
 
-    paper: ClassVar[Paper | None] = None
-    claim: ClassVar[str]
+    role: ClassVar[str] = "cache"
+    field: ClassVar[str] = "code"
 
     def coder(self, target: Target) -> Coder:
         """The coder for a model, calibrated where it needs to be."""
@@ -98,6 +98,7 @@ def load_codings() -> None:
 
 CODINGS: Registry[Coding] = Registry("coding", load_codings)
 Coding.registry = CODINGS
+PARTS.append(CODINGS)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from foveate.cache.coders.base import Coder, Coding, calibration_entries, coding, pack_bits, unpack_bits
+from foveate.claims import Claim, Finding, Streams, claim
 from foveate.errors import FoveateError
 from foveate.methods import Paper, Target
 from foveate.models.anatomy import Anatomy, anatomy
+from foveate.tasks.base import Bench
+from foveate.tasks.perplexity import Perplexity
 
 
 @coding("groups")
@@ -127,3 +130,23 @@ class GroupsCoder(Coder):
     def lengths(self, layer: int, tier: Tensor | None) -> tuple[Tensor, Tensor]:
         n = self.dim * self.bits // 8
         return torch.tensor(n + 1), torch.tensor(n + 4 * (self.dim // self.group))
+
+
+@claim("groups")
+class FewBitsHold(Claim):
+    statement: ClassVar[str] = (
+        "two bits, with keys scaled per channel and values per token, keep almost the same quality (abstract)"
+    )
+    setting: ClassVar[str] = "2,048 tokens in pieces of 512, so that most are read from coded entries"
+
+    def run(self, bench: Bench) -> Finding:
+        streams = Streams(bench, Perplexity(tokens=2048, window=2048, chunk=512, skip=512), of=4)
+        full = streams.read("full")
+        ratios = {bits: streams.read(f"window:keep=1,code=groups(bits={bits})").over(full) for bits in (2, 3, 4)}
+        return Finding(
+            {"perplexity, full cache": full.perplexity} | {f"{bits} bits over full": r for bits, r in ratios.items()},
+            {
+                "2 bits within 5% of the full cache": ratios[2].value < 1.05,
+                "4 bits within 1%": ratios[4].value < 1.01,
+            },
+        )
