@@ -14,7 +14,8 @@ def test_made_once(tmp_path, monkeypatch):
 
     def make():
         made.append(1)
-        return {"scores": torch.tensor([[0.5, 0.25]])}
+        scores = torch.tensor([[0.5, 0.25]])
+        return {"scores": scores, "again": scores}  # two names for the same numbers
 
     for _ in range(2):
         assert stored(model, "test", "1", make)["scores"].tolist() == [[0.5, 0.25]]

@@ -57,7 +57,9 @@ def stored(model: PreTrainedModel, what: str, version: str, make: Callable[[], d
             pass
         except (SafetensorError, OSError):
             path.unlink(missing_ok=True)  # a damaged file is made anew
-        made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+        made = {
+            name: tensor.detach().cpu().clone().contiguous() for name, tensor in make().items()
+        }  # none shares memory
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file(made, part, metadata={"what": what, "version": version})
         os.replace(part, path)

@@ -22,7 +22,7 @@ from foveate.tasks.perplexity import Perplexity
 
 SHRINK = 1.0  # of the sensitivity, towards the same for all channels: it is estimated from few texts
 SLACK = 0.7  # components this much below the water level still go into the last group
-ROUNDS = 15  # of k-means, on EXAMPLES entries; then two on all
+ROUNDS = 12  # of k-means, on EXAMPLES entries; then one on all
 EXAMPLES = 8192
 WORDS = 256
 SHIPPED = (0.036, 0.085, 0.185)
@@ -198,7 +198,7 @@ def kmeans(x: Tensor) -> Tensor:
     some = x[torch.randperm(len(x), generator=draw, device=x.device)[:EXAMPLES]]
     repeats = -(-WORDS // len(some))
     centres = some[:WORDS].repeat(repeats, 1)[:WORDS].clone()
-    for step in range(ROUNDS + 2):
+    for step in range(ROUNDS + 1):
         points = some if step < ROUNDS else x
         far = torch.addmm(centres.square().sum(1), points, centres.T, alpha=-2)
         error, cell = far.min(1)
