@@ -187,3 +187,15 @@ def test_cropping_what_was_never_evicted_leaves_no_trace():
             again = MODEL(IDS[:, 15:20], past_key_values=cache, use_cache=True).logits
         whole, _ = logits_in([20])
     torch.testing.assert_close(again, whole[:, 15:])
+
+
+@pytest.mark.parametrize("budget", ["uniform", "pyramid", "density"])
+def test_a_budget_follows_a_prompt_that_is_cropped(budget):
+    with apply(MODEL, f"window:keep=0.5,budget={budget}"):
+        _, cache = logits_in([40])
+        cache.crop(-20)
+        with torch.no_grad():
+            for at in range(20, 38):
+                MODEL(IDS[:, at : at + 1], past_key_values=cache, use_cache=True)
+    held = torch.stack([layer.held() for layer in cache.layers])
+    assert int(held.sum()) <= 10 * held.numel()

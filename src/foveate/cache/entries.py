@@ -549,6 +549,7 @@ class PolicyCache(Cache):
         self.seen -= remove
         self.counts = (self.counts - remove).clamp(min=0)
         self.prompt = torch.minimum(self.prompt, self.counts)
+        self.limits = None  # they follow the prompt
         for layer in self.layers:
             if layer.is_initialized:
                 layer.forget_from(self.counts)
