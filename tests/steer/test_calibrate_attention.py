@@ -138,3 +138,12 @@ def test_a_cache_can_not_be_cropped():
         cache = model(IDS, use_cache=True).past_key_values
         with pytest.raises(FoveateError, match="assistant"):
             cache.crop(-2)
+
+
+def test_a_decode_loop_is_refused():
+    model = fv.tiny("llama")
+    with apply(model, "calibrate-attention:choose=all+h2o:entries=16"), torch.no_grad():
+        out = model(IDS, use_cache=True)
+        loop = fv.DecodeLoop(model, out.past_key_values)
+        with pytest.raises(FoveateError, match="generate"):
+            loop.generate(IDS[:, :1], 3)

@@ -160,10 +160,8 @@ class Packed:
         key_codes, value_codes = spread(self.key_codes, masks[0]), spread(self.value_codes, masks[1])
         keys, values = coder.decode(layer, key_codes, value_codes, positions, tier, dtype)
         whole_keys, whole_values = (spread(x.to(dtype), first) for x in self.whole)
-        keys, values = (
-            torch.where(first[..., None], whole_keys, keys),
-            torch.where(first[..., None], whole_values, values),
-        )
+        keys = torch.where(first[..., None], whole_keys, keys)
+        values = torch.where(first[..., None], whole_values, values)
         return Entries(keys, values, positions, received, key_codes, value_codes, tier)
 
 

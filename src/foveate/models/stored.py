@@ -57,9 +57,8 @@ def stored(model: PreTrainedModel, what: str, version: str, make: Callable[[], d
             pass
         except (SafetensorError, OSError):
             path.unlink(missing_ok=True)  # a damaged file is made anew
-        made = {
-            name: tensor.detach().cpu().clone().contiguous() for name, tensor in make().items()
-        }  # none shares memory
+        # Copies: the file's format refuses tensors that share memory.
+        made = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in make().items()}
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file(made, part, metadata={"what": what, "version": version})
         os.replace(part, path)

@@ -196,6 +196,11 @@ def _positions(steering: _Steering, slots: int, kv_heads: Tensor) -> tuple[Tenso
     cache: Any = steering.cache
     held = None if cache is None else getattr(cache.layers[steering.index], "positions", None)
     if held is not None:
+        if held.dim() == 1:  # slots, one KV head after another
+            raise FoveateError(
+                "a decode loop keeps entries in no order, and attention weights can't be adjusted there: decode with "
+                "plain forwards or generate."
+            )
         if cache.policy.renumbers(steering.parts):
             raise FoveateError(
                 f"{cache.policy.name} numbers its entries by their place in the cache, and attention weights can't be "

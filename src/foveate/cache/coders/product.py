@@ -40,7 +40,7 @@ class Product(Coding):
     by k-means on calibration text (product quantisation, section 2). Every token is coded alone, as it arrives; sinks
     stay whole.
 
-    It is fitted once a model (some minutes on two cores, seconds on a GPU), on prose, code and needles, and kept on
+    It is fitted once a model (5 to 10 minutes on two cores, less on a GPU), on prose, code and needles, and kept on
     disk. The transforms and codewords belong to the model, not to the cache. All KV heads of a layer must hold the same
     tokens: a policy that evicts in each head by itself needs another code, or `keep=1`.
 
