@@ -24,13 +24,14 @@ from foveate.tasks.passkey import Passkey
 
 @method("aged")
 class Aged(CachePolicy):
-    """Hold every entry, the `fresh` newest tokens in one code and the others in another.
+    """Hold every entry, the newest tokens in more bits than the others.
 
     What a model looks at most is what it has just read, and errors there cost most while text is generated.
 
     Fields: those of `CachePolicy`, with `keep=1`: nothing is evicted unless less is asked for; then the oldest goes.
         fresh: newest tokens that stay in the code's `best`; a forward's own tokens are always attended to as they are.
-        code: `tiers(best=...,rest=...)`.
+        middle: tokens before these that stay in the code's `middle`.
+        code: `tiers(best=...,rest=...)`, with `middle=...` if there are such tokens.
 
     Example:
         >>> import foveate as fv, torch
@@ -47,22 +48,33 @@ class Aged(CachePolicy):
     keep: float | None = 1.0
     sinks: int = 4
     fresh: int = 24
+    middle: int = 0
     code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.1))
 
     def __post_init__(self) -> None:
         if self.entries is not None and self.keep == 1:
             object.__setattr__(self, "keep", None)  # the default gives way to a number of entries
         super().__post_init__()
-        if self.fresh < 0:
-            raise FoveateError(f"{self.name}: fresh={self.fresh} is negative: give 0 or more.")
+        for what in ("fresh", "middle"):
+            if getattr(self, what) < 0:
+                raise FoveateError(f"{self.name}: {what}={getattr(self, what)} is negative: give 0 or more.")
         if self.code is not None and not isinstance(self.code, Tiers):
-            raise FoveateError(f"{self.name}: give a code of two tiers, tiers(best=...,rest=...), or none.")
+            raise FoveateError(f"{self.name}: give a code of tiers, tiers(best=...,rest=...), or none.")
+        if self.code is not None and (self.middle > 0) != (self.code.middle is not None):
+            raise FoveateError(
+                f"{self.name}: middle={self.middle} tokens, and the code's middle is {self.code.middle or 'none'}: "
+                "give both, middle=128,code=tiers(best=...,middle=...,rest=...), or neither."
+            )
 
     def score(self, view: CacheView) -> Tensor:
         return view.positions.float()
 
     def tier(self, view: CacheView) -> Tensor:
-        return (view.positions < view.seen - self.fresh).to(torch.uint8)
+        age = view.seen - view.positions  # the newest is 1
+        older = age > self.fresh
+        if self.middle:
+            return older.to(torch.uint8) + (age > self.fresh + self.middle).to(torch.uint8)
+        return older.to(torch.uint8)
 
 
 @method("fifth-cache")

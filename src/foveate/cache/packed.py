@@ -58,7 +58,7 @@ class Packed:
     """The same at rest, all KV heads of all sequences one after another.
 
     With a coder, entries are its codes, but for the first `sinks` tokens of the text, which stay whole. Positions are
-    held as runs of consecutive ones, or one by one where that is shorter.
+    held as runs of consecutive ones in the same tier, or one by one where that is shorter.
 
     Attributes:
         counts: int32 (batch, kv_head): entries that each KV head holds; `slots`: the most.
@@ -67,7 +67,8 @@ class Packed:
         whole: (2, whole entries of all heads, head_dim), keys and values; None without a coder.
         starts, lengths: int32 (runs of all heads): the first position of each run, and how many follow on it.
         positions: int32 (entries of all heads), or None: then runs are held.
-        received: float32 (entries of all heads), or None. tier: uint8 likewise.
+        received: float32 (entries of all heads), or None.
+        tier: uint8 (runs of all heads), or of their entries where no runs are held; None where all are alike.
     """
 
     counts: Tensor
@@ -89,6 +90,9 @@ class Packed:
         flat = entries.positions[live]
         new_run = torch.ones_like(flat, dtype=torch.bool)
         new_run[1:] = flat[1:] != flat[:-1] + 1
+        tier = None if entries.tier is None else entries.tier[live]
+        if tier is not None:
+            new_run[1:] |= tier[1:] != tier[:-1]
         at = new_run.nonzero()[:, 0]
         in_runs = 2 * len(at) < len(flat)
         keys: Tensor | None = None
@@ -117,7 +121,7 @@ class Packed:
             lengths=at.diff(append=at.new_tensor([len(flat)])).int() if in_runs else None,
             positions=None if in_runs else flat,
             received=None if entries.received is None else entries.received[live],
-            tier=None if entries.tier is None else entries.tier[live],
+            tier=tier[at] if in_runs and tier is not None else tier,
         )
 
     @property
@@ -133,10 +137,13 @@ class Packed:
             assert self.starts is not None and self.lengths is not None  # runs are held
             before = self.lengths.cumsum(0) - self.lengths
             order = torch.arange(int(self.counts.sum()), device=self.counts.device)
-            lengths = self.lengths.long()
-            flat = (order + (self.starts - before).repeat_interleave(lengths)).int()
+            flat = (order + self._of_each(self.starts - before)).int()
         live = self.live
         return torch.full(live.shape, -1, dtype=torch.int32, device=live.device).masked_scatter_(live, flat)
+
+    def _of_each(self, runs: Tensor) -> Tensor:
+        """What is held of each run, for each of its entries."""
+        return runs if self.lengths is None else runs.repeat_interleave(self.lengths.long())
 
     def unpack(self, coder: Coder | None, dtype: torch.dtype, layer: int) -> Entries:
         """The padded form, decoded; keys and values are in `dtype`."""
@@ -148,7 +155,7 @@ class Packed:
             return out
 
         received = None if self.received is None else spread(self.received, live)
-        tier = None if self.tier is None else spread(self.tier, live)
+        tier = None if self.tier is None else spread(self._of_each(self.tier), live)
         if coder is None:
             assert self.keys is not None and self.values is not None  # by `of`
             return Entries(spread(self.keys, live), spread(self.values, live), positions, received, tier=tier)

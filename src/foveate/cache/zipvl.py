@@ -64,7 +64,7 @@ class ZipVL(CachePolicy):
         super().__post_init__()
         if not 0 < self.mass <= 1:
             raise FoveateError(f"zipvl: mass={self.mass} is outside (0, 1]: give a part of the attention.")
-        if self.code is not None and not isinstance(self.code, Tiers):
+        if self.code is not None and (not isinstance(self.code, Tiers) or self.code.middle is not None):
             raise FoveateError("zipvl: give a code of two tiers, tiers(best=...,rest=...), or none.")
 
     def received(self) -> Received:

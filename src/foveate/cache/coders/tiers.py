@@ -1,7 +1,8 @@
-"""Tiers: two codes, one for entries that a policy holds well and one for the rest."""
+"""Tiers: a code for the entries that a policy holds well, and others for the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -15,13 +16,14 @@ from foveate.methods import Target
 
 @coding("tiers")
 class Tiers(Coding):
-    """Entries of a policy's tier 0 in one code, the others in another.
+    """Entries of a policy's tier 0 in one code, the others in another, or in two others.
 
     For policies that tell entries apart: `zipvl` by the attention they received, `aged` by their age.
 
     Fields:
         best: the code of tier 0.
-        rest: the code of the others.
+        middle: the code of tier 1, for policies that know three; none = there are two tiers.
+        rest: the code of the last tier.
 
     Example:
         >>> import foveate as fv, torch
@@ -36,31 +38,40 @@ class Tiers(Coding):
     claim: ClassVar[str] = "bits where they matter: some entries well, the rest barely"
 
     best: Coding = Groups(bits=4)
+    middle: Coding | None = None
     rest: Coding = Groups(bits=2)
 
     def coder(self, target: Target) -> Coder:
-        return TiersCoder(self.best.coder(target), self.rest.coder(target))
+        codes = (self.best, self.middle, self.rest)
+        return TiersCoder([code.coder(target) for code in codes if code is not None])
 
 
 class TiersCoder(Coder):
-    """Two coders; codes are padded to the longer."""
+    """A coder of each tier; codes are padded to the longest. Without tiers, all entries are in the first."""
 
-    def __init__(self, best: Coder, rest: Coder):
-        self.best, self.rest = best, rest
-        self.inv_freq = best.inv_freq
+    def __init__(self, coders: list[Coder]):
+        self.coders = coders
+        self.inv_freq = coders[0].inv_freq
+
+    def _each(self, tier: Tensor) -> Iterator[tuple[Coder, Tensor, Tensor]]:
+        """Of every tier: its coder, the slots where any head has it (n,), and which do, (batch, kv_head, n, 1)."""
+        for place, coder in enumerate(self.coders):
+            here = tier == place
+            at = here.any(0).any(0).nonzero()[:, 0]
+            if place == 0 or len(at):
+                yield coder, at, here[:, :, at, None]
 
     def encode(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, tier: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        best = self.best.encode(layer, keys, values, positions, None)
+        tier = torch.zeros_like(positions) if tier is None else tier
         most = [int(x.max()) for x in self.lengths(layer, None)]
-        first = [pad(x, (0, n - x.shape[-1])) for x, n in zip(best, most, strict=True)]
-        if tier is None:
-            return first[0], first[1]
-        rest = self.rest.encode(layer, keys, values, positions, None)
-        second = [pad(x, (0, n - x.shape[-1])) for x, n in zip(rest, most, strict=True)]
-        low = tier[..., None] > 0
-        return torch.where(low, second[0], first[0]), torch.where(low, second[1], first[1])
+        codes = [torch.zeros(*tier.shape, n, dtype=torch.uint8, device=keys.device) for n in most]
+        for coder, at, here in self._each(tier):
+            written = coder.encode(layer, keys[:, :, at], values[:, :, at], positions[:, :, at], None)
+            for x, new, n in zip(codes, written, most, strict=True):
+                x[:, :, at] = torch.where(here, pad(new, (0, n - new.shape[-1])), x[:, :, at])
+        return codes[0], codes[1]
 
     def decode(
         self,
@@ -71,18 +82,19 @@ class TiersCoder(Coder):
         tier: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        best = self.best.decode(layer, key_codes, value_codes, positions, None, dtype)
-        if tier is None:
-            return best
-        rest = self.rest.decode(layer, key_codes, value_codes, positions, None, dtype)
-        low = tier[..., None] > 0
-        return torch.where(low, rest[0], best[0]), torch.where(low, rest[1], best[1])
+        entries: list[Tensor] = []
+        for coder, at, here in self._each(torch.zeros_like(positions) if tier is None else tier):
+            pair = coder.decode(layer, key_codes[:, :, at], value_codes[:, :, at], positions[:, :, at], None, dtype)
+            entries = entries or [x.new_zeros(*positions.shape, x.shape[-1]) for x in pair]
+            for x, new in zip(entries, pair, strict=True):
+                x[:, :, at] = torch.where(here, new, x[:, :, at])
+        return entries[0], entries[1]
 
     def lengths(self, layer: int, tier: Tensor | None) -> tuple[Tensor, Tensor]:
-        pairs = zip(self.best.lengths(layer, None), self.rest.lengths(layer, None), strict=True)
+        each = zip(*(coder.lengths(layer, None) for coder in self.coders), strict=True)
+        of_tier = (torch.stack(lengths) for lengths in each)
         if tier is None:  # the most
-            keys, values = (torch.maximum(best, rest) for best, rest in pairs)
+            keys, values = (x.max() for x in of_tier)
         else:
-            device = tier.device
-            keys, values = (torch.where(tier > 0, rest.to(device), best.to(device)) for best, rest in pairs)
+            keys, values = (x.to(tier.device)[tier.long()] for x in of_tier)
         return keys, values
