@@ -32,9 +32,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from foveate.cache.base import CachePolicy
-from foveate.cache.entries import Limits, PolicyCache, PolicyLayer
+from foveate.cache.entries import Limits, PolicyLayer
 from foveate.cache.loop import DecodeLoop
 from foveate.cache.packed import Entries
+from foveate.cache.policy_cache import PolicyCache
 from foveate.errors import FoveateError
 from foveate.measure.clock import alternated, timed
 from foveate.methods import Recipe, Target

@@ -20,7 +20,8 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from foveate.cache.attend import attend, attend_and_receive
 from foveate.cache.base import CachePolicy
-from foveate.cache.entries import CacheView, PolicyCache
+from foveate.cache.entries import CacheView
+from foveate.cache.policy_cache import PolicyCache
 from foveate.cache.slots import SlotCache, SlotLayer
 from foveate.errors import FoveateError
 from foveate.models.anatomy import Anatomy, anatomy

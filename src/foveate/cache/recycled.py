@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.cache.base import CachePolicy
-from foveate.cache.entries import CacheView, PolicyCache, Received
+from foveate.cache.entries import CacheView, Received
+from foveate.cache.policy_cache import PolicyCache
 from foveate.claims import Claim, Finding, Stream, claim
 from foveate.data.text import tokens
 from foveate.errors import FoveateError

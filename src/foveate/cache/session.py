@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from foveate.cache.attend import attend, attend_and_receive, visible
-from foveate.cache.entries import PolicyCache
+from foveate.cache.policy_cache import PolicyCache
 from foveate.cache.slots import SlotCache
 from foveate.errors import FoveateError
 from foveate.kernels import received as kernel

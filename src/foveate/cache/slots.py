@@ -17,8 +17,9 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from foveate.cache.attend import rotate
-from foveate.cache.entries import NO_LIMIT, CacheView, PolicyCache
+from foveate.cache.entries import NO_LIMIT, CacheView
 from foveate.cache.packed import Entries
+from foveate.cache.policy_cache import PolicyCache
 from foveate.errors import FoveateError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,15 +216,31 @@ def kmeans(x: Tensor) -> Tensor:
     return centres
 
 
-class ProductCoder(Coder):
-    """By layer, on the model's device: `mean` (channels,), `into` (channels, components), `back` (components,
-    channels), `words` (groups, 256, largest size) and `filled` (groups, largest size), bool: where words have numbers.
+class Fitted(NamedTuple):
+    """What was fitted to a layer.
+
+    `mean` (channels,); `into` (channels, components) and `back` (components, channels): the transform; `words` (256,
+    components): the groups' codewords beside each other; `group` (components,), int64: which group each is of;
+    `padded` (groups, 256, largest size): the codewords again, and `filled` (groups, largest size), bool: where it
+    has numbers.
     """
+
+    mean: Tensor
+    into: Tensor
+    back: Tensor
+    words: Tensor
+    group: Tensor
+    padded: Tensor
+    filled: Tensor
+
+
+class ProductCoder(Coder):
+    """`of`: what was fitted to each layer, on the model's device."""
 
     def __init__(self, parts: Anatomy, tensors: dict[str, Tensor], device: torch.device):
         super().__init__(parts)
         self.heads, self.dim = parts.kv_heads, parts.head_dim
-        self.of: dict[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
+        self.of: dict[int, Fitted] = {}
         for name, sizes in tensors.items():
             kind, layer, place = name.split(".")
             if kind == "sizes":
@@ -234,14 +250,17 @@ class ProductCoder(Coder):
                 filled = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
                 padded = words.new_zeros(WORDS, *filled.shape)
                 padded[:, filled] = words
-                self.of[int(layer)] = (mean, into, back, padded.transpose(0, 1).contiguous(), filled)
+                group = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+                padded = padded.transpose(0, 1).contiguous()
+                self.of[int(layer)] = Fitted(mean, into, back, words, group, padded, filled)
 
     def encode(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, tier: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         self._same_tokens(positions)
-        mean, into, _, words, filled = self.of[layer]
-        components = (join(self.turned_back(layer, keys, positions), values) - mean) @ into
+        fitted = self.of[layer]
+        words, filled = fitted.padded, fitted.filled
+        components = (join(self.turned_back(layer, keys, positions), values) - fitted.mean) @ fitted.into
         batch, entries = components.shape[:2]
         grouped = components.new_zeros(batch * entries, *filled.shape)
         grouped[:, filled] = components.flatten(0, 1)
@@ -263,16 +282,17 @@ class ProductCoder(Coder):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         self._same_tokens(positions)
-        mean, _, back, words, filled = self.of[layer]
+        fitted = self.of[layer]
         each = int(self.lengths(layer, None)[0])
-        codes = key_codes[..., :each].transpose(1, 2).flatten(2).long()  # (batch, entry, group)
-        components = words[torch.arange(len(words), device=codes.device), codes][..., filled]
-        channels = components @ back + mean
+        codes = key_codes[..., :each].transpose(1, 2).flatten(2)  # (batch, entry, group)
+        of_component = codes.flatten(0, 1)[:, fitted.group].long()
+        components = fitted.words.gather(0, of_component).unflatten(0, codes.shape[:2])
+        channels = components @ fitted.back + fitted.mean
         keys, values = channels.unflatten(-1, (2, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
         return self.turned(layer, keys, positions).to(dtype), values.to(dtype)
 
     def lengths(self, layer: int, tier: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.tensor(len(self.of[layer][3]) // self.heads), torch.tensor(0)
+        return torch.tensor(len(self.of[layer].filled) // self.heads), torch.tensor(0)
 
     def _same_tokens(self, positions: Tensor) -> None:
         if not bool((positions == positions[:, :1]).all()):
