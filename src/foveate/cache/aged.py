@@ -86,12 +86,14 @@ class FifthCache(Aged):
     Example:
         >>> from foveate.methods import Recipe
         >>> str(Recipe.of("fifth-cache").methods[0].code)
-        'tiers:rest=product(share=0.185)'
+        'tiers:best=groups(bits=8),middle=groups,rest=product(share=0.185)'
     """
 
     claim: ClassVar[str] = "a fifth of the bytes finds every passkey, at 0.6% more perplexity at most"
 
-    code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.185))
+    fresh: int = 8
+    middle: int = 90
+    code: Coding | None = Tiers(best=Groups(bits=8), middle=Groups(bits=4), rest=Product(share=0.185))
 
 
 @method("tenth-cache")
@@ -103,12 +105,14 @@ class TenthCache(Aged):
     Example:
         >>> from foveate.methods import Recipe
         >>> str(Recipe.of("tenth-cache").methods[0].code)
-        'tiers:rest=product(share=0.085)'
+        'tiers:best=groups(bits=8),middle=product(share=0.185),rest=product(share=0.085)'
     """
 
     claim: ClassVar[str] = "a tenth of the bytes finds 19 of 20 passkeys, at 2% more perplexity at most"
 
-    code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.085))
+    fresh: int = 8
+    middle: int = 80
+    code: Coding | None = Tiers(best=Groups(bits=8), middle=Product(share=0.185), rest=Product(share=0.085))
 
 
 @method("twentieth-cache")
@@ -120,12 +124,14 @@ class TwentiethCache(Aged):
     Example:
         >>> from foveate.methods import Recipe
         >>> str(Recipe.of("twentieth-cache").methods[0].code)
-        'tiers:rest=product(share=0.036)'
+        'tiers:best=groups(bits=8),middle=product(share=0.085),rest=product(share=0.036)'
     """
 
     claim: ClassVar[str] = "a twentieth of the bytes finds 9 of 10 passkeys, at 6% more perplexity at most"
 
-    code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.036))
+    fresh: int = 8
+    middle: int = 128
+    code: Coding | None = Tiers(best=Groups(bits=8), middle=Product(share=0.085), rest=Product(share=0.036))
 
 
 class KeepsItsBudget(Claim):
