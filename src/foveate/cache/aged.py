@@ -47,9 +47,9 @@ class Aged(CachePolicy):
 
     keep: float | None = 1.0
     sinks: int = 4
-    fresh: int = 24
+    fresh: int = 8
     middle: int = 0
-    code: Coding | None = Tiers(best=Groups(bits=4), rest=Product(share=0.1))
+    code: Coding | None = Tiers(best=Groups(bits=8), rest=Product(share=0.1))
 
     def __post_init__(self) -> None:
         if self.entries is not None and self.keep == 1:
@@ -86,14 +86,13 @@ class FifthCache(Aged):
     Example:
         >>> from foveate.methods import Recipe
         >>> str(Recipe.of("fifth-cache").methods[0].code)
-        'tiers:best=groups(bits=8),middle=groups,rest=product(share=0.185)'
+        'tiers:best=groups(bits=8),rest=product(share=0.185)'
     """
 
     claim: ClassVar[str] = "a fifth of the bytes finds every passkey, at 0.6% more perplexity at most"
 
-    fresh: int = 8
-    middle: int = 90
-    code: Coding | None = Tiers(best=Groups(bits=8), middle=Groups(bits=4), rest=Product(share=0.185))
+    fresh: int = 34
+    code: Coding | None = Tiers(best=Groups(bits=8), rest=Product(share=0.185))
 
 
 @method("tenth-cache")
