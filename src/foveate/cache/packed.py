@@ -107,7 +107,7 @@ class Packed:
             rest = live & ~first
             written = entries.key_codes, entries.value_codes
             masks = _bytes_of(coder, layer, rest, entries.tier, [x.shape[-1] for x in written])
-            codes = [x[mask] for x, mask in zip(written, masks, strict=True)]
+            codes = [x.masked_select(mask) for x, mask in zip(written, masks, strict=True)]
             whole = torch.stack([entries.keys[first], entries.values[first]]).to(coder.whole_dtype)
         return cls(
             counts=live.sum(-1, dtype=torch.int32),
@@ -151,8 +151,7 @@ class Packed:
 
         def spread(flat: Tensor, where: Tensor) -> Tensor:
             out = flat.new_zeros(*where.shape, *flat.shape[1:])
-            out[where] = flat
-            return out
+            return out.masked_scatter_(where[(...,) + (None,) * (flat.dim() - 1)], flat)
 
         received = None if self.received is None else spread(self.received, live)
         tier = None if self.tier is None else spread(self._of_each(self.tier), live)

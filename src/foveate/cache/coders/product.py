@@ -221,8 +221,8 @@ class Fitted(NamedTuple):
 
     `mean` (channels,); `into` (channels, components) and `back` (components, channels): the transform; `words` (256,
     components): the groups' codewords beside each other; `group` (components,), int64: which group each is of;
-    `padded` (groups, 256, largest size): the codewords again, and `filled` (groups, largest size), bool: where it
-    has numbers.
+    `padded` (groups, 256, largest size): the codewords again, `squares` (groups, 256) of their lengths, and `filled`
+    (groups, largest size), bool: where there are numbers.
     """
 
     mean: Tensor
@@ -231,6 +231,7 @@ class Fitted(NamedTuple):
     words: Tensor
     group: Tensor
     padded: Tensor
+    squares: Tensor
     filled: Tensor
 
 
@@ -252,7 +253,7 @@ class ProductCoder(Coder):
                 padded[:, filled] = words
                 group = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
                 padded = padded.transpose(0, 1).contiguous()
-                self.of[int(layer)] = Fitted(mean, into, back, words, group, padded, filled)
+                self.of[int(layer)] = Fitted(mean, into, back, words, group, padded, padded.square().sum(-1), filled)
 
     def encode(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, tier: Tensor | None
@@ -264,11 +265,12 @@ class ProductCoder(Coder):
         batch, entries = components.shape[:2]
         grouped = components.new_zeros(batch * entries, *filled.shape)
         grouped[:, filled] = components.flatten(0, 1)
-        sizes = words.square().sum(-1)
         codes = torch.empty(batch * entries, len(words), dtype=torch.uint8, device=keys.device)
-        for rows in torch.arange(batch * entries, device=keys.device).split(max(1, (1 << 25) // sizes.numel())):
+        for rows in torch.arange(batch * entries, device=keys.device).split(
+            max(1, (1 << 25) // fitted.squares.numel())
+        ):
             near = torch.einsum("egc,gwc->egw", grouped[rows], words)
-            codes[rows] = (sizes - 2 * near).argmin(-1).to(torch.uint8)
+            codes[rows] = (fitted.squares - 2 * near).argmin(-1).to(torch.uint8)
         codes = codes.view(batch, entries, self.heads, len(words) // self.heads).transpose(1, 2)
         return codes, codes[..., :0]
 

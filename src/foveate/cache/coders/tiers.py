@@ -70,7 +70,7 @@ class TiersCoder(Coder):
         for coder, at, here in self._each(tier):
             written = coder.encode(layer, keys[:, :, at], values[:, :, at], positions[:, :, at], None)
             for x, new, n in zip(codes, written, most, strict=True):
-                x[:, :, at] = torch.where(here, pad(new, (0, n - new.shape[-1])), x[:, :, at])
+                _put(x, at, here, pad(new, (0, n - new.shape[-1])))
         return codes[0], codes[1]
 
     def decode(
@@ -87,7 +87,7 @@ class TiersCoder(Coder):
             pair = coder.decode(layer, key_codes[:, :, at], value_codes[:, :, at], positions[:, :, at], None, dtype)
             entries = entries or [x.new_zeros(*positions.shape, x.shape[-1]) for x in pair]
             for x, new in zip(entries, pair, strict=True):
-                x[:, :, at] = torch.where(here, new, x[:, :, at])
+                _put(x, at, here, new)
         return entries[0], entries[1]
 
     def lengths(self, layer: int, tier: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -98,3 +98,8 @@ class TiersCoder(Coder):
         else:
             keys, values = (x.to(tier.device)[tier.long()] for x in of_tier)
         return keys, values
+
+
+def _put(x: Tensor, at: Tensor, here: Tensor, new: Tensor) -> None:
+    """Write (batch, kv_head, n, any) to the slots `at` of x, `here` only."""
+    x[:, :, at] = new if bool(here.all()) else torch.where(here, new, x[:, :, at])
