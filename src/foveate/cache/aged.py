@@ -109,8 +109,8 @@ class TenthCache(Aged):
 
     claim: ClassVar[str] = "a tenth of the bytes finds 19 of 20 passkeys, at 2% more perplexity at most"
 
-    fresh: int = 8
-    middle: int = 80
+    fresh: int = 16
+    middle: int = 38
     code: Coding | None = Tiers(best=Groups(bits=8), middle=Product(share=0.185), rest=Product(share=0.085))
 
 
