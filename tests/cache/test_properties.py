@@ -153,7 +153,7 @@ def test_any_sequence_of_operations_is_that_of_the_reference(text, operations):
 
 @torch.no_grad()
 def test_memory_stays_flat_over_a_long_stream():
-    """What a longer run on a GPU holds for 100,000 tokens (docs/cache.md), in small."""
+    """What docs/cache.md tells of 100,000 tokens, in small."""
     from foveate.models.caches import cache_bytes
 
     model = tiny("llama")

@@ -71,10 +71,8 @@ class Aged(CachePolicy):
 
     def tier(self, view: CacheView) -> Tensor:
         age = view.seen - view.positions  # the newest is 1
-        older = age > self.fresh
-        if self.middle:
-            return older.to(torch.uint8) + (age > self.fresh + self.middle).to(torch.uint8)
-        return older.to(torch.uint8)
+        tier = (age > self.fresh).to(torch.uint8)
+        return tier + (age > self.fresh + self.middle).to(torch.uint8) if self.middle else tier
 
 
 @method("fifth-cache")
