@@ -15,7 +15,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -32,7 +32,7 @@ from foveate.specs import Registry, Spec, split_outside, value_text
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
-ROOMS = ("cache", "depth", "prune", "steer")
+ROOMS = ("cache", "convert", "depth", "prune", "steer")
 """The packages under `foveate` that hold techniques, a room for each role."""
 
 CALIBRATION_TOKENS = 2048
@@ -62,12 +62,14 @@ class Target:
             it is asked for (prose, then code), but all there are where the caller of `apply` gave them; called only
             where needed.
         tokenizer: gives the model's tokenizer; called only where needed.
+        plans: what pruners decided (`foveate.plans.Plan`), noted as they are applied.
     """
 
     model: PreTrainedModel
     context: int | None
     calibration: Callable[..., Tensor]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
+    plans: list[Any] = field(default_factory=list)
 
 
 class Method(Spec, ABC):

@@ -27,7 +27,9 @@ def test_the_sublayer_that_does_nothing_is_what_leaves(family, idle):
     assert (change[[i for i in range(4) if i != idle]] > 1e-4).all()
 
     full, whole = model(IDS, use_cache=True), sum(p.numel() for p in model.parameters())
-    attention = sum(p.numel() for p in parts.layers[idle].attention.parameters())
+    layer = parts.layers[idle]  # norms that run for the attention alone leave with it
+    norms = list(layer.norms.values())[: len(layer.norms) // 2]
+    attention = sum(p.numel() for module in (layer.attention, *norms) for p in module.parameters())
     with apply(model, "drop-attention:keep=0.75", calibration=IDS):
         assert sum(p.numel() for p in model.parameters()) == whole - attention
         cache, pieces = None, []

@@ -24,6 +24,7 @@ class PolicyCache(Cache):
     text.
     """
 
+    bears_gaps = True  # see NoAttention
     layers: list[PolicyLayer]  # type: ignore[assignment]
 
     def __init__(

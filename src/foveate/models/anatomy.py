@@ -78,7 +78,7 @@ class Anatomy:
     """A model's parts and sizes, as `anatomy(model)` gives them. The modules are the model's own, not copies.
 
     Attributes:
-        family: `config.model_type`.
+        family: `config.model_type`, of a thinned model its stock architecture's.
         model: the causal language model (the one inside, where PEFT had wrapped it).
         base: the module that holds the layers.
         layers: the decoder layers, in order.
@@ -189,7 +189,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
             "transformers: load it with AutoModelForCausalLM."
         )
     config = model.config
-    row = families().get(config.model_type)
+    row = families().get(stock_type(config))
     if row is None:
         raise unknown_family(model)
     layers = cast(nn.ModuleList, _part(model, row.layers, config))
@@ -198,7 +198,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     heads, hidden = config.num_attention_heads, config.hidden_size
     unbounded = row.positions == "other" and not hasattr(config, "max_position_embeddings")
     return Anatomy(
-        family=config.model_type,
+        family=stock_type(config),
         model=model,
         base=base,
         layers=[_layer(module, index, config, row) for index, module in enumerate(layers)],
@@ -216,6 +216,12 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         positions=row.positions,
         qkv_layout=row.qkv_layout,
     )
+
+
+def stock_type(config: Any) -> str:
+    """The model type of the stock architecture that a model has, or had before it was thinned."""
+    kind: str = config.model_type
+    return kind.removeprefix("thin_")
 
 
 def _layer(module: nn.Module, index: int, config: Any, row: Family) -> LayerParts:

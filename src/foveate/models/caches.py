@@ -114,6 +114,8 @@ class PartialCache(DynamicCache):
     just that layer is skipped or has lost its attention, every position after the first forward would be wrong.
     """
 
+    bears_gaps = True  # see NoAttention
+
     def _stand_in(self, layer_idx: int) -> int:
         layers: list[Any] = self.layers
         if layer_idx < len(layers) and not layers[layer_idx].is_initialized:

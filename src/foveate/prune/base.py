@@ -1,10 +1,11 @@
-"""The prune role: which units leave. A technique scores and says how a unit goes; the rest is here."""
+"""The prune role: which units leave. A technique scores them; budgets, plans and surgery are shared."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,40 +14,54 @@ from transformers import PreTrainedModel
 
 from foveate.methods import Method, Target, UnitScores, check_fraction
 from foveate.models.anatomy import anatomy
-from foveate.models.caches import partial_cache
+from foveate.models.surgery import Means, undone
+from foveate.plans import Global, Plan, Spread, plan_for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(Method):
-    """Base of techniques that remove the units that score lowest on calibration text.
+    """Base of techniques that cut the units that score lowest on calibration text. A technique writes `score`.
 
     Fields:
-        keep: fraction of the units that stay, over the whole model, in (0, 1]; 1 removes nothing and scores nothing.
+        keep: the fraction that stays, over the whole model, in (0, 1]; 1 removes nothing and scores nothing. Of the
+            parameters in the decoder layers, or of the scored units where the technique's `by` is "units".
+        budget: how what leaves is spread over layers and kinds of unit: `global`, `uniform` or `per-kind`.
+
+    Class attributes: `by`.
     """
 
     role: ClassVar[str] = "prune"
+    by: ClassVar[str] = "parameters"
 
     keep: float
+    budget: Spread = Global()
 
     def __post_init__(self) -> None:
         check_fraction(self.name, self.keep)
 
     @abstractmethod
-    def score(self, model: PreTrainedModel, calibration: Tensor) -> UnitScores:
-        """How much each unit matters, on calibration token ids (batch, length)."""
+    def score(self, model: PreTrainedModel, calibration: Tensor) -> UnitScores | Sequence[UnitScores]:
+        """How much each unit matters, of one kind or of several, on calibration token ids (batch, length)."""
 
-    @abstractmethod
-    def removed(self, model: PreTrainedModel, drop: Tensor) -> AbstractContextManager[None]:
-        """Context manager: the units marked in `drop`, bool (layers, units), are gone inside."""
+    def means(self, model: PreTrainedModel, calibration: Tensor) -> Means | None:
+        """What units gave on average, where what leaves is to leave that behind as a constant; None: nothing."""
+        return None
+
+    def plan(self, target: Target) -> Plan:
+        """What stays and what leaves, on the model as it is now."""
+        anatomy(target.model)  # an unknown model is reported before any calibration runs
+        calibration = target.calibration()
+        scores = self.score(target.model, calibration)
+        plan = plan_for(target.model, scores, self.keep, self.budget, by=self.by, who=self.to_text())
+        return dataclasses.replace(plan, means=self.means(target.model, calibration))
 
     @contextmanager
     def applied(self, target: Target) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self.keep < 1:
-                anatomy(target.model)  # an unknown model is reported before any calibration runs
-                scores = self.score(target.model, target.calibration())
-                drop = ~scores.keep(self.keep) & ~scores.scores.isnan()
-                if drop.any():
-                    stack.enter_context(self.removed(target.model, drop))
-                    stack.enter_context(partial_cache(target.model))
+        if self.keep == 1:
+            yield
+            return
+        plan = self.plan(target)
+        target.plans.append(plan)
+        with undone(target.model) as surgery:
+            plan.carry_out(target.model, surgery)
             yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from foveate.claims import Claim, Finding, Streams, claim
 from foveate.methods import Paper, Recipe, UnitScores, method
 from foveate.models.anatomy import anatomy
+from foveate.portable.parts import NoAttention
 from foveate.prune.base import Pruner
 from foveate.tasks.base import Bench
 from foveate.tasks.perplexity import Perplexity
@@ -40,28 +40,11 @@ class DropAttention(Pruner):
     paper: ClassVar[Paper | None] = Paper(
         "What Matters in Transformers? Not All Attention is Needed", 2024, "https://arxiv.org/abs/2406.15786"
     )
+    by: ClassVar[str] = "units"
     claim: ClassVar[str] = "many attention sublayers can leave with little loss, and the cache shrinks with them"
 
     def score(self, model: PreTrainedModel, calibration: Tensor) -> UnitScores:
         return UnitScores("attention", attention_change(model, calibration))
-
-    @contextmanager
-    def removed(self, model: PreTrainedModel, drop: Tensor) -> Iterator[None]:
-        gone = [layer for layer in anatomy(model).layers if drop[layer.index, 0]]
-        for layer in gone:
-            setattr(layer.module, layer.attention_name, NoAttention())
-        try:
-            yield
-        finally:
-            for layer in gone:
-                setattr(layer.module, layer.attention_name, layer.attention)
-
-
-class NoAttention(nn.Module):
-    """Stands where an attention sublayer was, and adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
 
 
 @torch.no_grad()

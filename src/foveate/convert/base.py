@@ -1,0 +1,43 @@
+"""The convert role: what stands in for a module. A technique makes the replacements; putting them in is here."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import nn
+
+from foveate.methods import Method, Target
+from foveate.models.surgery import undone
+
+
+class Converter(Method):
+    """Base of techniques that put cheaper modules in the place of a model's own. A technique writes `converted`.
+
+    What stands in is a portable module (`foveate.portable`), so that a converted model can be saved and opens where
+    foveate is not installed. Inside `apply` the modules are swapped, and put back at the end of the block.
+    """
+
+    role: ClassVar[str] = "convert"
+
+    @abstractmethod
+    def converted(self, target: Target) -> dict[str, nn.Module]:
+        """Path in the model -> the module that stands there from now on; paths don't overlap.
+
+        The model itself stays as it is: a replacement may share parameters with what it replaces, but what is in the
+        model must not be changed.
+        """
+
+    @contextmanager
+    def applied(self, target: Target) -> Iterator[None]:
+        modules = self.converted(target)
+        with undone(target.model) as surgery:
+            for path, module in modules.items():
+                surgery.swap(target.model, path, module)
+            for module in modules.values():
+                tie: Any = getattr(module, "tie", None)
+                if tie is not None:
+                    tie(target.model)
+            yield

@@ -1,0 +1,158 @@
+"""What every saved model of an uncommon shape is built with: its layers' widths, and what stands for a part that left.
+
+This file travels with saved models: torch and transformers are all it needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def resized(module: nn.Module, shapes: dict[str, list[int] | None]) -> nn.Module:
+    """A module like the given one whose parameters have other shapes, still to be filled.
+
+    Args:
+        module: a linear map, an embedding or a norm; it stays as it is.
+        shapes: parameter -> shape, or None where the new module has no such parameter.
+    """
+    new = copy.copy(module)
+    model_parameters = dict(module._parameters)
+    new._parameters, new._buffers = dict(model_parameters), dict(module._buffers)
+    like = next(p for p in model_parameters.values() if p is not None)
+    for name, shape in shapes.items():
+        if shape is None:
+            new._parameters[name] = None
+        else:
+            empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+            new._parameters[name] = nn.Parameter(empty, requires_grad=like.requires_grad)
+    _tell_sizes(new)
+    return new
+
+
+def _tell_sizes(module: Any) -> None:
+    """The attributes in which modules keep the sizes of their weight, where they have them."""
+    rows, columns = module.weight.shape if module.weight.ndim == 2 else (module.weight.shape[0],) * 2
+    if hasattr(module, "nf"):  # transformers' Conv1D: (in, out)
+        module.nx, module.nf = rows, columns
+    sizes = {
+        "in_features": columns,
+        "out_features": rows,
+        "num_embeddings": rows,
+        "embedding_dim": columns,
+        "normalized_shape": (rows,),
+    }
+    for name, size in sizes.items():
+        if hasattr(module, name):
+            setattr(module, name, size)
+
+
+def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
+    """Tell an attention module how many heads its projections have now."""
+    attention.config = copy.copy(attention.config)
+    attention.config.num_attention_heads = heads
+    if hasattr(attention.config, "num_key_value_heads"):
+        attention.config.num_key_value_heads = kv_heads
+    sizes = {
+        "num_heads": heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_key_value_groups": heads // kv_heads,
+    }
+    for name, size in sizes.items():
+        if hasattr(attention, name):
+            setattr(attention, name, size)
+    if hasattr(attention, "split_size"):  # GPT-2
+        attention.split_size = heads * attention.head_dim
+
+
+class NoAttention(nn.Module):
+    """Stands where an attention sublayer was, and adds nothing to the residual stream, or a constant.
+
+    A cache is told of the tokens that went by, one number each, since transformers reads the number of tokens seen
+    off one layer. A cache that bears layers which hold nothing (its attribute `bears_gaps`) is left alone.
+
+    Args:
+        layer_idx: the layer.
+        size: the width of the constant, a parameter `value`; None: nothing is added.
+    """
+
+    def __init__(self, layer_idx: int, size: int | None = None):
+        super().__init__()
+        self.layer_idx, self.size = layer_idx, size
+        self.value = None if size is None else nn.Parameter(torch.empty(size))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"layer_idx": self.layer_idx, "size": self.size}
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        cache = past_key_values if layer_past is None else layer_past
+        if cache is not None and not getattr(cache, "bears_gaps", False):
+            mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(mark, mark, self.layer_idx)
+        return _constant(self.value, hidden_states), None
+
+
+def _constant(value: Tensor | None, like: Tensor) -> Tensor:
+    """What a sublayer that left adds to the residual stream; one number where that is zero."""
+    return like.new_zeros(()) if value is None else value.to(like.dtype)
+
+
+class NoMlp(nn.Module):
+    """Stands where an MLP was, and adds nothing to the residual stream, or a constant (see `NoAttention`)."""
+
+    def __init__(self, size: int | None = None):
+        super().__init__()
+        self.size = size
+        self.value = None if size is None else nn.Parameter(torch.empty(size))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _constant(self.value, hidden_states)
+
+
+class NoNorm(nn.Module):
+    """Stands where a norm was whose sublayer left."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+def build(model: Any, thin: dict[str, Any], classes: dict[str, type]) -> None:
+    """Give a stock model the shape that its configuration tells of.
+
+    Args:
+        model: the stock model, its weights still to be read.
+        thin: `modules`: path -> [class, settings], or ["resized", parameter -> shape]; `heads`: path of an attention
+            module -> [heads, KV heads].
+        classes: the portable classes, by name.
+    """
+    for path, (name, settings) in thin["modules"].items():
+        old = model.get_submodule(path)
+        if name == "resized":
+            new = resized(old, settings)
+        else:
+            cls = classes[name]
+            extra = {"config": model.config} if "config" in inspect.signature(cls).parameters else {}
+            new = cls(**settings, **extra).to(model.dtype)
+        owner, _, last = path.rpartition(".")
+        setattr(model.get_submodule(owner), last, new)
+    for path, (heads, kv_heads) in thin["heads"].items():
+        set_heads(model.get_submodule(path), heads, kv_heads)
+    for module in list(model.modules()):
+        if hasattr(module, "settings") and hasattr(module, "tie"):
+            module.tie(model)
