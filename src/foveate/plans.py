@@ -136,7 +136,9 @@ class Plan:
             "model": self.model,
             "made_by": self.made_by,
             "units": {
-                kind: [{"of": count, "keep": _ranges(kept)} for kept, count in zip(keep, self.counts[kind], strict=True)]
+                kind: [
+                    {"of": count, "keep": _ranges(kept)} for kept, count in zip(keep, self.counts[kind], strict=True)
+                ]
                 for kind, keep in self.keep.items()
             },
         }
@@ -149,7 +151,7 @@ class Plan:
             FoveateError: it is no plan, or names a kind of unit that there is not.
         """
         if not isinstance(data, dict) or data.get("foveate_plan") != 1:
-            raise FoveateError("this is no plan that foveate wrote: it has no \"foveate_plan\": 1.")
+            raise FoveateError('this is no plan that foveate wrote: it has no "foveate_plan": 1.')
         units = data.get("units", {})
         for kind in units:
             if kind not in KINDS:

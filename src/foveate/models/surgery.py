@@ -398,7 +398,9 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
         return
     model: Any = parts.model
     if getattr(parts.base, "project_in", None) is not None:
-        raise FoveateError("this OPT has embeddings of another width than its layers: its residual stream can't be cut.")
+        raise FoveateError(
+            "this OPT has embeddings of another width than its layers: its residual stream can't be cut."
+        )
     tied = parts.head.weight is parts.embedding.weight  # type: ignore[union-attr]
     embedding: Any = narrow(parts.embedding, columns=kept)
     head: Any = narrow(parts.head, columns=kept)
