@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
 from foveate.models.load import tokenizer_for
+from foveate.models.surgery import Surgery, undone
 from foveate.specs import Registry, Spec, split_outside, value_text
 
 C = TypeVar("C", bound=type)
@@ -86,6 +87,23 @@ class Method(Spec, ABC):
     @abstractmethod
     def applied(self, target: Target) -> AbstractContextManager[None]:
         """A context manager: in force inside, gone without a trace after."""
+
+
+class Change(Method):
+    """Base of methods that change the model itself, so that `fv.thin` can make them permanent.
+
+    A role's base writes `change`; `apply` undoes what it did.
+    """
+
+    @abstractmethod
+    def change(self, target: Target, surgery: Surgery) -> None:
+        """Change `target.model`, every step of it through `surgery`."""
+
+    @contextmanager
+    def applied(self, target: Target) -> Iterator[None]:
+        with undone(target.model) as surgery:
+            self.change(target, surgery)
+            yield
 
 
 @functools.cache

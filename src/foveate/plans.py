@@ -215,7 +215,9 @@ def _units(text: str, count: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread(Spec):
-    """How what must leave is spread over layers and kinds of unit; any pruner takes any: `flap:keep=0.8,budget=uniform`.
+    """How what must leave is spread over layers and kinds of unit.
+
+    Any pruner takes any: `flap:keep=0.8,budget=uniform(floor=0.2)`.
 
     Fields:
         floor: the fraction of its units of each kind that every layer keeps, in [0, 1).

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
 
-from foveate.methods import Method, Target
-from foveate.models.surgery import undone
+from foveate.methods import Change, Target
+from foveate.models.surgery import Surgery
 
 
-class Converter(Method):
+class Converter(Change):
     """Base of techniques that put cheaper modules in the place of a model's own. A technique writes `converted`.
 
     What stands in is a portable module (`foveate.portable`), so that a converted model can be saved and opens where
@@ -30,14 +28,11 @@ class Converter(Method):
         model must not be changed.
         """
 
-    @contextmanager
-    def applied(self, target: Target) -> Iterator[None]:
+    def change(self, target: Target, surgery: Surgery) -> None:
         modules = self.converted(target)
-        with undone(target.model) as surgery:
-            for path, module in modules.items():
-                surgery.swap(target.model, path, module)
-            for module in modules.values():
-                tie: Any = getattr(module, "tie", None)
-                if tie is not None:
-                    tie(target.model)
-            yield
+        for path, module in modules.items():
+            surgery.swap(target.model, path, module)
+        for module in modules.values():
+            tie: Any = getattr(module, "tie", None)
+            if tie is not None:
+                tie(target.model)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.methods import Method, Target, UnitScores, check_fraction
+from foveate.methods import Change, Target, UnitScores, check_fraction
 from foveate.models.anatomy import anatomy
-from foveate.models.surgery import Means, undone
+from foveate.models.surgery import Means, Surgery
 from foveate.plans import Global, Plan, Spread, plan_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(Method):
+class Pruner(Change):
     """Base of techniques that cut the units that score lowest on calibration text. A technique writes `score`.
 
     Fields:
@@ -55,13 +54,8 @@ class Pruner(Method):
         plan = plan_for(target.model, scores, self.keep, self.budget, by=self.by, who=self.to_text())
         return dataclasses.replace(plan, means=self.means(target.model, calibration))
 
-    @contextmanager
-    def applied(self, target: Target) -> Iterator[None]:
-        if self.keep == 1:
-            yield
-            return
-        plan = self.plan(target)
-        target.plans.append(plan)
-        with undone(target.model) as surgery:
+    def change(self, target: Target, surgery: Surgery) -> None:
+        if self.keep < 1:
+            plan = self.plan(target)
+            target.plans.append(plan)
             plan.carry_out(target.model, surgery)
-            yield
