@@ -145,9 +145,12 @@ class Minitron(Pruner):
             kind, *free = free
             units = len(anatomy(model).layers) if kind == "layer" else max(unit_counts(model, kind))
             count = max(1, round(high * units)) if kind == "layer" else self._rounded(high, units)
-            shares[kind], step = count / units, (1 if kind == "layer" else self.budget.multiple) / units
+            step = 1 if kind == "layer" else self.budget.multiple
+            shares[kind] = count / units
+            if free and kept(1.0, free) < self.keep:  # the finer can take away, but not give back
+                shares[kind] = min(1.0, (count + step) / units)
         reached = kept(1.0, [])
-        if abs(reached - self.keep) > 0.02 + step / 2:
+        if abs(reached - self.keep) > 0.02 + step / units / 2:
             raise FoveateError(
                 f"minitron: keep={self.keep} can't be met by the axes {self.axes}, which come to {reached:.2f} at "
                 "best: keep more, or name more axes."
