@@ -366,6 +366,20 @@ def test_another_attention_reaches_layers_whose_heads_were_cut(model):
             assert model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 27)
 
 
+def test_a_copy_of_a_cut_model_stands_alone():
+    """Its attention sees the copy's configuration, with the number of heads that it has."""
+    model = tiny("phi3")
+    cut(model, "kv_head", keeps(model, "kv_head", {0: [1]}), Surgery())
+    cut(model, "kv_head", keeps(model, "kv_head", {1: [0]}), Surgery())
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    config = anatomy(twin).layers[0].attention.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.hidden_size) == (2, 1, 64)
+    twin.set_attn_implementation("eager")
+    assert config._attn_implementation == "eager" != anatomy(model).layers[0].attention.config._attn_implementation
+    torch.testing.assert_close(logits(twin), logits(model), atol=1e-5, rtol=1e-5)
+
+
 def test_what_cannot_be_cut_is_said():
     model = tiny("llama")
     every = keeps(model, "channel", {})
