@@ -45,9 +45,9 @@ class Surgery:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Give an attribute another value."""
-        old = getattr(owner, name)
+        there, old = hasattr(owner, name), getattr(owner, name, None)
         setattr(owner, name, value)
-        self._undo.append(lambda: setattr(owner, name, old))
+        self._undo.append(lambda: setattr(owner, name, old) if there else delattr(owner, name))
 
     def heads(self, attention: nn.Module, heads: int, kv_heads: int) -> None:
         """Tell an attention module how many heads it has now."""
@@ -106,13 +106,13 @@ def unit_costs(model: PreTrainedModel, kind: str) -> list[float]:
     def cost(layer: LayerParts) -> float:
         if kind == "layer":
             return count_parameters(layer.module)
-        if kind == "attention":
-            return count_parameters(layer.attention)
-        if kind == "mlp":
-            return sum(count_parameters(m) for m in _mlp_maps(layer))
+        if kind in ("attention", "mlp"):
+            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer)
+            norms = [layer.norms[path] for path in _norms_of(layer, attention=kind == "attention")]
+            return sum(count_parameters(m) for m in (*maps, *norms))
         if kind == "channel":
             return sum(count_parameters(m) for m in _mlp_maps(layer)) / counts[layer.index]
-        if kind == "kv_head":
+        if kind == "kv_head" or counts[layer.index] == _heads(layer, parts)[1]:  # each with a KV head of its own
             return count_parameters(layer.attention) / counts[layer.index]
         reads = layer.q if layer.q is not None else layer.qkv
         share = counts[layer.index] / (counts[layer.index] + 2 * _heads(layer, parts)[1]) if layer.q is None else 1.0
@@ -432,6 +432,7 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
                 f"layer {layer.index} holds a {type(layer.attention).__name__}, which can't be cut: prune a model "
                 "before its parts are converted."
             )
+    surgery.set(model.config, "head_dim", parts.head_dim)  # where there was none, it was hidden / heads
     surgery.set(model.config, "hidden_size", len(kept))
 
 
@@ -457,8 +458,10 @@ def settle(model: PreTrainedModel) -> None:
     """
     parts = anatomy(model)
     config: Any = model.config
-    config.head_dim = parts.head_dim
     stays = [layer for layer in parts.layers if has_attention(layer) or has_mlp(layer) or _adds(layer)]
+    if not stays:
+        raise FoveateError("every layer would leave: keep more.")
+    config.head_dim = parts.head_dim
     if len(stays) < len(parts.layers):
         _remove_layers(parts, stays)
     heads = {_heads(layer, parts) for layer in stays if layer.o is not None}
