@@ -19,6 +19,7 @@ class Converter(Change):
     """
 
     role: ClassVar[str] = "convert"
+    permanent: ClassVar[bool] = True
 
     @abstractmethod
     def converted(self, target: Target) -> dict[str, nn.Module]:

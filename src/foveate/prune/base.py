@@ -30,6 +30,7 @@ class Pruner(Change):
     """
 
     role: ClassVar[str] = "prune"
+    permanent: ClassVar[bool] = True
     by: ClassVar[str] = "parameters"
 
     keep: float
