@@ -102,13 +102,12 @@ class Method(Spec, ABC):
     """One published technique. A role's base class says how it gets hold of a model; a technique says what it does.
 
     Class attributes: `name`, `role` (the room), `paper` (None for common knowledge), `claim` (one line: what it is
-    said to do), `permanent` (whether what it does to a model can be made for good, and saved).
+    said to do).
     """
 
     role: ClassVar[str]
     paper: ClassVar[Paper | None] = None
     claim: ClassVar[str]
-    permanent: ClassVar[bool] = False
 
     @abstractmethod
     def applied(self, target: Target) -> AbstractContextManager[None]:

@@ -10,11 +10,13 @@ import torch
 import foveate as fv
 from foveate.depth.skip_decode import SkipDecode, _ExitEarly, _SkipRandom
 from foveate.errors import FoveateError
-from foveate.methods import apply
+from foveate.methods import Change, apply
 from foveate.models.tiny import TINY_FAMILIES, tiny
 
 IDS = torch.randint(3, 120, (2, 30), generator=torch.Generator().manual_seed(1))
 FALLING = SkipDecode(min_layers=2, length=24)
+# Gemma 2's attention is eager, with a softmax in float32.
+CLOSE = {"gemma2": {"atol": 1e-4, "rtol": 1e-4}}
 MODELS = [*((family, {}) for family in TINY_FAMILIES), *((g, {"sliding_window": 7}) for g in ("gemma2", "gemma3_text"))]
 
 
@@ -24,7 +26,8 @@ def by_hand(model, ends):
     with ExitStack() as hooks:
         for layer in fv.anatomy(model).layers:
 
-            def after(module, args, kwargs, out, end=ends.get(layer.index, 10**9)):
+            def after(module, args, kwargs, out, index=layer.index):
+                end = ends.get(index, out.shape[1])
                 before = args[0] if args else kwargs["hidden_states"]
                 return torch.cat([out[:, :end], before[:, end:]], dim=1)
 
@@ -69,7 +72,7 @@ def test_whole_pieces_and_one_by_one_are_the_reference(family, given):
             results.append(logits)
             assert [layer.get_seq_length() for layer in cache.layers] == [30, 6, 18, 30]
     for logits in results:
-        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(logits, expected, **CLOSE.get(family, {"atol": 1e-9, "rtol": 1e-9}))
     assert not torch.allclose(expected, full, atol=1e-2)
     assert torch.equal(model(IDS).logits, full)
     assert all("forward" not in vars(layer.module) for layer in fv.anatomy(model).layers)
@@ -78,7 +81,8 @@ def test_whole_pieces_and_one_by_one_are_the_reference(family, given):
 @torch.no_grad()
 @pytest.mark.parametrize("family,given", MODELS)
 def test_padded_rows_are_as_they_are_alone(family, given):
-    model = tiny(family, **given).double()
+    model = tiny(family, **given)
+    model = model if family == "gemma2" else model.double()  # its mask of a float64's least gives NaN as a float32
     rows = [IDS[:1], IDS[1:, :17]]
     padded = torch.cat([rows[0], torch.cat([torch.full((1, 13), 256), rows[1]], dim=1)])
     mask = (padded != 256).long()
@@ -90,7 +94,8 @@ def test_padded_rows_are_as_they_are_alone(family, given):
     for row, one in enumerate(alone):
         assert torch.equal(both.sequences[row, 30:], one.sequences[0, -6:])
         together = torch.stack(both.logits)[:, row]
-        torch.testing.assert_close(together, torch.stack(one.logits)[:, 0], atol=1e-8, rtol=1e-8)
+        expected = torch.stack(one.logits)[:, 0]
+        torch.testing.assert_close(together, expected, **CLOSE.get(family, {"atol": 1e-8, "rtol": 1e-8}))
 
 
 def test_skipped_work_is_not_done():
@@ -186,4 +191,4 @@ def test_what_can_not_be_gets_a_sentence(fields, says):
 
 
 def test_it_is_not_for_good():
-    assert not SkipDecode.permanent
+    assert not issubclass(SkipDecode, Change)

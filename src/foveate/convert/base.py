@@ -19,7 +19,6 @@ class Converter(Change):
     """
 
     role: ClassVar[str] = "convert"
-    permanent: ClassVar[bool] = True
 
     @abstractmethod
     def converted(self, target: Target) -> dict[str, nn.Module]:

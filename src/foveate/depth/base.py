@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 
-from foveate.methods import Method, Target
+from foveate.methods import Change, Target
 from foveate.models.anatomy import Anatomy, anatomy
-from foveate.models.surgery import undone, unit_counts
+from foveate.models.surgery import Surgery, unit_counts
 from foveate.plans import Plan
 
 
@@ -28,30 +26,25 @@ def layers_of(parts: Anatomy) -> list[int]:
     return [index for index, there in enumerate(unit_counts(parts.model, "layer")) if there]
 
 
-class DepthPlan(Method):
+class DepthPlan(Change):
     """Base of techniques that run the same layers for every token. A technique writes `plan`.
 
     The other layers leave as a pruner's units do, by a `foveate.plans.Plan`: inside `apply` their weights are gone, and
-    back at the end of the block.
+    back at the end of the block; `fv.thin` leaves them out for good.
     """
 
     role: ClassVar[str] = "depth"
-    permanent: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, parts: Anatomy) -> list[int]:
         """Indices of the layers that run, ascending."""
 
-    @contextmanager
-    def applied(self, target: Target) -> Iterator[None]:
+    def change(self, target: Target, surgery: Surgery) -> None:
         parts = anatomy(target.model)
         run, there = set(self.plan(parts)), layers_of(parts)
         if run.issuperset(there):
-            yield
             return
         keep = [torch.arange(int(layer.index in run and layer.index in there)) for layer in parts.layers]
         plan = Plan.of(target.model, {"layer": keep}, self.to_text())
         target.plans.append(plan)
-        with undone(target.model) as surgery:
-            plan.carry_out(target.model, surgery)
-            yield
+        plan.carry_out(target.model, surgery)

@@ -130,7 +130,8 @@ class SteppedCache(PartialCache):
     """The model's own cache where layers stop at some position: lengths are read off those that have not stopped."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max((layer.get_seq_length() for layer in self.layers), default=0)
+        layers: list[Any] = self.layers
+        return max((layer.get_seq_length() for layer in layers), default=0)
 
     def _stand_in(self, layer_idx: int) -> int:
         """Masks are made once for all layers of a sort: to the size of the one that has seen most."""
@@ -142,7 +143,8 @@ class SteppedCache(PartialCache):
     def crop(self, max_length: int) -> None:
         """Forget the last tokens: `max_length` stay, or as many as it is below zero leave."""
         stays = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             surplus = layer.get_seq_length() - stays
             if surplus > 0:  # a layer that stopped before has nothing to forget
                 layer.crop(-surplus)

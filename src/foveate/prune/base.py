@@ -30,7 +30,6 @@ class Pruner(Change):
     """
 
     role: ClassVar[str] = "prune"
-    permanent: ClassVar[bool] = True
     by: ClassVar[str] = "parameters"
 
     keep: float
