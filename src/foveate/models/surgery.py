@@ -83,7 +83,7 @@ def unit_counts(model: PreTrainedModel, kind: str) -> list[int]:
         "mlp": lambda layer: int(has_mlp(layer)),
         "kv_head": lambda layer: _heads(layer, parts)[1],
         "head": lambda layer: _heads(layer, parts)[0],
-        "channel": lambda layer: size_in(layer.down) if has_mlp(layer) else 0,
+        "channel": _channels,
     }.get(kind)
     if count is None:
         raise FoveateError(f"there is no unit called {kind!r}: there are {', '.join(KINDS)}.")
@@ -107,7 +107,7 @@ def unit_costs(model: PreTrainedModel, kind: str) -> list[float]:
         if kind == "layer":
             return count_parameters(layer.module)
         if kind in ("attention", "mlp"):
-            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer)
+            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer) or [layer.mlp]
             norms = [layer.norms[path] for path in _norms_of(layer, attention=kind == "attention")]
             return sum(count_parameters(m) for m in (*maps, *norms))
         if kind == "channel":
@@ -147,7 +147,12 @@ def has_attention(layer: LayerParts) -> bool:
 
 def has_mlp(layer: LayerParts) -> bool:
     """Whether the layer still has an MLP."""
-    return layer.down is not None and not isinstance(layer.down, NoMlp)
+    return not isinstance(layer.mlp if layer.down is None else layer.down, NoMlp)
+
+
+def _channels(layer: LayerParts) -> int:
+    """Neurons of the MLP; none where it has no map that could be cut."""
+    return size_in(layer.down) if isinstance(layer.down, nn.Linear | Conv1D) else 0
 
 
 def _mlp_maps(layer: LayerParts) -> list[nn.Module]:
@@ -427,10 +432,12 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
             module = getattr(layer, role)
             if module is not None and not isinstance(module, NoMlp):
                 surgery.swap(layer.module, layer.names[role], narrow(module, rows=kept))
-        if has_attention(layer) and layer.q is None and layer.qkv is None:
+        foreign = layer.attention if has_attention(layer) and layer.q is None and layer.qkv is None else None
+        foreign = layer.mlp if has_mlp(layer) and layer.down is None else foreign
+        if foreign is not None:
             raise FoveateError(
-                f"layer {layer.index} holds a {type(layer.attention).__name__}, which can't be cut: prune a model "
-                "before its parts are converted."
+                f"layer {layer.index} holds a {type(foreign).__name__}, which can't be cut: prune a model before its "
+                "parts are converted."
             )
     surgery.set(model.config, "head_dim", parts.head_dim)  # where there was none, it was hidden / heads
     surgery.set(model.config, "hidden_size", len(kept))
@@ -469,7 +476,7 @@ def settle(model: PreTrainedModel) -> None:
         config.num_attention_heads, kv_heads = heads.pop()
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = kv_heads
-    widths = {size_in(layer.down) for layer in stays if has_mlp(layer)}
+    widths = {_channels(layer) for layer in stays if _channels(layer)}
     if len(widths) == 1:
         setattr(config, families()[parts.family].intermediate, widths.pop())
 
