@@ -203,6 +203,7 @@ def cut(model: PreTrainedModel, kind: str, keep: list[Tensor], surgery: Surgery,
     parts = anatomy(model)
     counts = unit_counts(model, kind)
     _check(kind, keep, counts, parts)
+    _check_sharing(kind, parts, any(len(kept) < count for kept, count in zip(keep, counts, strict=True)))
     if kind == "hidden":
         return _cut_hidden(parts, keep[0], surgery)
     for layer, kept, count in zip(parts.layers, keep, counts, strict=True):
@@ -293,6 +294,19 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
             f"the residual stream of a {parts.family} model can't be cut, because its embeddings are scaled by their "
             "width: cut channels, heads or layers."
         )
+
+
+def _check_sharing(kind: str, parts: Anatomy, something_leaves: bool) -> None:
+    """Whole sublayers can't leave where one may hold what others read."""
+    if kind not in ("layer", "attention", "mlp") or not something_leaves:
+        return
+    for layer in parts.layers:
+        for path, module in layer.module.named_modules():
+            if hasattr(module, "tie"):
+                raise FoveateError(
+                    f"layer {layer.index} shares what its {path} holds with other layers, so none of them can leave: "
+                    "prune a model before its parts are converted."
+                )
 
 
 def _drop_attention(layer: LayerParts, surgery: Surgery, mean: Tensor | None) -> None:
@@ -406,9 +420,9 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
         raise FoveateError(
             "this OPT has embeddings of another width than its layers: its residual stream can't be cut."
         )
-    tied = parts.head.weight is parts.embedding.weight  # type: ignore[union-attr]
     embedding: Any = narrow(parts.embedding, columns=kept)
     head: Any = narrow(parts.head, columns=kept)
+    tied = parts.head.weight is parts.embedding.weight  # type: ignore[union-attr]
     if tied:
         head.weight = embedding.weight
     for old, new in ((parts.embedding, embedding), (parts.head, head)):
