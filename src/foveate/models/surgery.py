@@ -107,9 +107,10 @@ def unit_costs(model: PreTrainedModel, kind: str) -> list[float]:
         if kind == "layer":
             return count_parameters(layer.module)
         if kind in ("attention", "mlp"):
-            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer) or [layer.mlp]
+            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer)
             norms = [layer.norms[path] for path in _norms_of(layer, attention=kind == "attention")]
-            return sum(count_parameters(m) for m in (*maps, *norms))
+            parameters = sum(count_parameters(m) for m in (*maps, *norms))
+            return parameters if maps else parameters + count_parameters(layer.mlp)
         if kind == "channel":
             return sum(count_parameters(m) for m in _mlp_maps(layer)) / counts[layer.index]
         if kind == "kv_head" or counts[layer.index] == _heads(layer, parts)[1]:  # each with a KV head of its own
