@@ -44,10 +44,10 @@ class Surgery:
         self.set(owner.get_submodule(place), name, new)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Give an attribute another value."""
-        old = getattr(owner, name)
+        """Give an attribute another value, or make one."""
+        there, old = hasattr(owner, name), getattr(owner, name, None)
         setattr(owner, name, value)
-        self._undo.append(lambda: setattr(owner, name, old))
+        self._undo.append(lambda: setattr(owner, name, old) if there else delattr(owner, name))
 
     def heads(self, attention: nn.Module, heads: int, kv_heads: int) -> None:
         """Tell an attention module how many heads it has now."""
@@ -432,7 +432,10 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
                 f"layer {layer.index} holds a {type(layer.attention).__name__}, which can't be cut: prune a model "
                 "before its parts are converted."
             )
+    surgery.set(model.config, "head_dim", parts.head_dim)  # it can't be told from the width any more
     surgery.set(model.config, "hidden_size", len(kept))
+    if hasattr(model.config, "word_embed_proj_dim"):  # OPT
+        surgery.set(model.config, "word_embed_proj_dim", len(kept))
 
 
 def _narrow_constant(module: Any, kept: Tensor, surgery: Surgery) -> None:
