@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from foveate.errors import FoveateError
 from foveate.models.anatomy import stock_type
+from foveate.models.modelling import write_code
 from foveate.models.source import reason
 from foveate.portable import portable_classes
 from foveate.portable.parts import OwnConfig, Thin, build, told
@@ -124,7 +125,15 @@ def make_thin(
     about = {"__module__": __name__}
     own = {"model_type": f"thin_{stock_config.model_type}", "validate": lambda config: None}
     config = type("ThinConfig", (stock_config,), about | own)
-    return type("ThinForCausalLM", (Thin, stock_model), about | {"config_class": config, "portable": classes})
+
+    def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        """As of every model, and with the modelling file, which transformers knows nothing of here."""
+        super(made, self).save_pretrained(folder, *args, **kwargs)
+        write_code(Path(folder), self.config, stock_model)
+
+    own_model = {"config_class": config, "portable": classes, "save_pretrained": save_pretrained}
+    made: Any = type("ThinForCausalLM", (Thin, stock_model), about | own_model)
+    return made
 
 
 # ---- the stock side -------------------------------------------------------------------------------------------------
@@ -277,8 +286,3 @@ def _check_hooks(model: nn.Module) -> None:
                 f"{path or 'the model'} has {what} hooked in, which can't be saved: take it off first (leave the block "
                 "of `apply`)."
             )
-
-
-def source_file(cls: type) -> str:
-    """The file that a class stands in."""
-    return str(inspect.getsourcefile(cls))

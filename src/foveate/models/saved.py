@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.errors import FoveateError
 from foveate.models.anatomy import stock_type
 from foveate.models.card import Story, card
-from foveate.models.form import Form, form, source_file, stock_classes
+from foveate.models.form import Form, form, stock_classes
+from foveate.models.modelling import AUTO_MAP, write_code
 from foveate.models.source import cache_dir, quiet, reason
-from foveate.portable import parts, portable_classes
 from foveate.portable.parts import told
 from foveate.version import __version__
 
@@ -97,7 +96,7 @@ def save(
         _complete_config(how)  # save_pretrained named the live model's class
         (part / "config.json").write_text(how.config.to_json_string(), encoding="utf-8")
         if how.thin is not None:
-            _write_code(part, how)
+            write_code(part, how.config, stock_classes(stock_type(how.config))[1])
         for name, text in {"README.md": card, **(extra or {})}.items():
             if Path(name).name != name or (part / name).exists():
                 raise FoveateError(f"{name} can't be an extra file of {folder}: give it another plain name.")
@@ -134,70 +133,7 @@ def _complete_config(how: Form) -> None:
     config.architectures = [stock_classes(stock_type(config))[1].__name__ if how.thin is None else "ThinForCausalLM"]
     if how.thin is not None:
         config.thin = how.thin
-        config.auto_map = {
-            "AutoConfig": "modeling_thin.ThinConfig",
-            "AutoModelForCausalLM": "modeling_thin.ThinForCausalLM",
-        }
-
-
-_CODE = '''"""A {model} whose parts differ in shape, as config.json says under "thin". Written by foveate {version}.
-
-Open it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True): torch and transformers are enough.
-"""
-
-from transformers import {config}, {model}
-
-{imports}
-
-
-class ThinConfig({config}):
-    model_type = "{kind}"
-
-    def validate(self):
-        """The stock architecture's rules for sizes do not hold here."""
-
-
-class ThinForCausalLM(Thin, {model}):
-    config_class = ThinConfig
-    portable = {{{portable}}}
-'''
-
-
-def _write_code(part: Path, how: Form) -> None:
-    """The modelling file, and the portable files that it needs, as they are."""
-    assert how.thin is not None
-    known = portable_classes()
-    used = sorted({name for name, _ in how.thin["modules"].values()} - {"resized"})
-    by_file: dict[str, list[str]] = {str(parts.__file__): ["Thin"]}
-    for name in used:
-        by_file.setdefault(source_file(known[name]), []).append(name)
-    files: dict[str, Path] = {}
-    for file in by_file:
-        _gather(Path(file), files)
-    for name, path in files.items():
-        shutil.copyfile(path, part / f"{name}.py")
-    stock_config, stock_model = stock_classes(stock_type(how.config))
-    code = _CODE.format(
-        model=stock_model.__name__,
-        config=stock_config.__name__,
-        kind=how.config.model_type,
-        version=__version__,
-        imports="\n".join(f"from .{Path(file).stem} import {', '.join(names)}" for file, names in by_file.items()),
-        portable=", ".join(f'"{name}": {name}' for name in used),
-    )
-    (part / "modeling_thin.py").write_text(code, encoding="utf-8")
-
-
-def _gather(file: Path, files: dict[str, Path]) -> None:
-    """A portable file and its neighbours that it imports, as transformers finds them: lines `from .name import`."""
-    if files.setdefault(file.stem, file) != file:
-        raise FoveateError(
-            f"two files of portable modules are called {file.name} ({files[file.stem]} and {file}), and both would "
-            "have to go into the folder: rename one."
-        )
-    for name in re.findall(r"^\s*from\s+\.(\w+)\s+import", file.read_text(encoding="utf-8"), re.MULTILINE):
-        if name not in files:
-            _gather(file.with_name(f"{name}.py"), files)
+        config.auto_map = AUTO_MAP
 
 
 def _write_mark(part: Path, shape: str) -> None:
