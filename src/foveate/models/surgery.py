@@ -466,6 +466,8 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
             )
     surgery.set(model.config, "head_dim", parts.head_dim)  # where there was none, it was hidden / heads
     surgery.set(model.config, "hidden_size", len(kept))
+    if hasattr(model.config, "word_embed_proj_dim"):  # OPT
+        surgery.set(model.config, "word_embed_proj_dim", len(kept))
 
 
 def _narrow_constant(module: Any, kept: Tensor, surgery: Surgery) -> None:
