@@ -63,17 +63,19 @@ class InputsTellMoreThanWeights(Claim):
         "weights, here of heads and channels)"
     )
     setting: ClassVar[str] = (
-        "keep=0.9 and 0.8 of the parameters in the layers, scored on 2,048 tokens of calibration text; 2,048 tokens of "
-        "evaluation text; against the magnitude of the same columns"
+        "keep=0.9 of the parameters in the layers, scored on 2,048 tokens of calibration text; 2,048 tokens of "
+        "evaluation text; against the magnitude of the same columns (the claim of `flap` has both at keep=0.8)"
     )
 
     def run(self, bench: Bench) -> Finding:
-        streams = Streams(bench, Perplexity(tokens=2048, chunk=128), of=5)
+        streams = Streams(bench, Perplexity(tokens=2048, chunk=128), of=3)
         full = streams.read("full")
-        metrics, checks = {"perplexity, whole model": full.perplexity}, {}
-        for keep in (0.9, 0.8):
-            wanda, magnitude = streams.read(f"wanda:keep={keep}"), streams.read(f"magnitude:keep={keep}")
-            metrics[f"over whole, keep={keep}: structured Wanda"] = wanda.over(full)
-            metrics[f"over whole, keep={keep}: magnitude"] = magnitude.over(full)
-            checks[f"keep={keep}: better than magnitude"] = wanda.below(magnitude)
-        return Finding(metrics, checks)
+        wanda, magnitude = streams.read("wanda:keep=0.9"), streams.read("magnitude:keep=0.9")
+        return Finding(
+            {
+                "perplexity, whole model": full.perplexity,
+                "over whole: structured Wanda": wanda.over(full),
+                "over whole: magnitude": magnitude.over(full),
+            },
+            {"better than magnitude": wanda.below(magnitude)},
+        )
