@@ -213,11 +213,18 @@ def test_a_cache_policy_gets_a_sentence(recipe):
         ("min_layers=9", "only 4 layers"),
         ("min_layers=2,max_layers=5", "only 4 layers"),
         ("min_layers=2+skip-decode:min_layers=2", "replaced already"),
+        ("min_layers=2,length=24+drop-attention:keep=0.5", "put it last"),
     ],
 )
 def test_what_can_not_be_gets_a_sentence(fields, says):
     with pytest.raises(FoveateError, match=says), apply(tiny("llama"), f"skip-decode:{fields}"):
         pass
+
+
+def test_a_decode_loop_gets_a_sentence():
+    model = tiny("llama")
+    with apply(model, FALLING), pytest.raises(FoveateError, match="as many entries in every layer"):
+        fv.DecodeLoop(model, model(IDS, use_cache=True).past_key_values, room=4)
 
 
 def test_it_is_not_for_good():

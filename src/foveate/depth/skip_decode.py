@@ -123,7 +123,22 @@ class SkipDecode(Method):
             )
             for index, end in ends.items():
                 stack.enter_context(_run_until(parts.layers[index].module, end, tokens, self.name))
+            stack.enter_context(_unscored(target, self.name))
             yield
+
+
+@contextmanager
+def _unscored(target: Target, who: str) -> Iterator[None]:
+    """What scores a model's parts expects that each sees every token."""
+
+    def refused(*args: Any) -> Tensor:
+        raise FoveateError(f"{who} lets tokens skip layers, so nothing can be scored on calibration text: put it last.")
+
+    calibration, target.calibration = target.calibration, refused
+    try:
+        yield
+    finally:
+        target.calibration = calibration
 
 
 class SteppedCache(PartialCache):
