@@ -9,6 +9,7 @@ import foveate as fv
 from foveate.depth.emoe import EMoE, _places, _RandomExperts, balanced_clusters, captured
 from foveate.errors import FoveateError
 from foveate.methods import Target, apply
+from foveate.models.saved import save
 from foveate.models.surgery import Surgery, count_parameters, settle
 from foveate.models.tiny import TINY_FAMILIES, tiny
 from foveate.portable.experts import Experts
@@ -166,6 +167,16 @@ def test_for_good_and_with_what_left(family):
     settle(model)
     assert len(experts_of(model)) == len(fv.anatomy(model).layers) == 3
     torch.testing.assert_close(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+def test_saved_and_opened_it_is_the_same(family, tmp_path):
+    model = tiny(family)
+    EMoE(experts=8, top_k=3).change(Target.of(model), Surgery())
+    settle(model)
+    save(model, fv.tiny_tokenizer(), tmp_path / "small", card="A test.")
+    again, _ = fv.load(str(tmp_path / "small"))
+    torch.testing.assert_close(again.to(model.dtype)(IDS).logits, model(IDS).logits)
 
 
 def test_a_layer_with_experts_and_without_attention_is_still_there():

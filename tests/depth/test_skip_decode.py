@@ -98,6 +98,36 @@ def test_padded_rows_are_as_they_are_alone(family, given):
         torch.testing.assert_close(together, expected, **CLOSE.get(family, {"atol": 1e-8, "rtol": 1e-8}))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family,given", [("llama", {}), ("gemma3_text", {"sliding_window": 7}), ("opt", {})])
+def test_without_warmup_even_the_first_layer_stops(family, given):
+    model = tiny(family, **given).double()
+    early = SkipDecode(min_layers=1, max_layers=3, warmup=0, length=24)
+    with by_hand(model, early.ends(4)):
+        expected = model(IDS).logits
+    with apply(model, early):
+        logits, cache = in_pieces(model, IDS, [3, 9, 10, 22])
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 6, 18, 30] and cache.get_seq_length() == 30
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_positions_are_counted_where_only_a_mask_is_given():
+    """OPT works out its positions from the mask, too."""
+    model, ran = tiny("opt").double(), []
+    decode = SkipDecode(min_layers=2, max_layers=3, length=24)
+    padded = torch.cat([torch.full((1, 5), 256), IDS[:1]], dim=1)
+    mask = (padded != 256).long()
+    model.model.decoder.layers[1].fc1.register_forward_hook(lambda *_: ran.append(1))
+    with apply(model, decode):
+        alone = model(IDS[:1]).logits
+        first = model(padded[:, :11], attention_mask=mask[:, :11], use_cache=True)
+        second = model(padded[:, 11:], attention_mask=mask, past_key_values=first.past_key_values)
+    assert not ran  # it is left out for all, padding too
+    together = torch.cat([first.logits, second.logits], dim=1)[:, 5:]
+    torch.testing.assert_close(together, alone, atol=1e-9, rtol=1e-9)
+
+
 def test_skipped_work_is_not_done():
     model, tokens = tiny("llama"), [0, 0, 0, 0]
     for i, layer in enumerate(model.model.layers):
@@ -183,11 +213,18 @@ def test_a_cache_policy_gets_a_sentence(recipe):
         ("min_layers=9", "only 4 layers"),
         ("min_layers=2,max_layers=5", "only 4 layers"),
         ("min_layers=2+skip-decode:min_layers=2", "replaced already"),
+        ("min_layers=2,length=24+drop-attention:keep=0.5", "put it last"),
     ],
 )
 def test_what_can_not_be_gets_a_sentence(fields, says):
     with pytest.raises(FoveateError, match=says), apply(tiny("llama"), f"skip-decode:{fields}"):
         pass
+
+
+def test_a_decode_loop_gets_a_sentence():
+    model = tiny("llama")
+    with apply(model, FALLING), pytest.raises(FoveateError, match="as many entries in every layer"):
+        fv.DecodeLoop(model, model(IDS, use_cache=True).past_key_values, room=4)
 
 
 def test_it_is_not_for_good():

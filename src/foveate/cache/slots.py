@@ -254,7 +254,7 @@ class SlotCache(Cache):
             watches = self.policy.watches()
             if watches is not None:  # of one token, as `Received.weights` has it
                 self.forget = watches.forget if watches.last is None else max(0.0, 1 - 1 / watches.last)
-        elif isinstance(cache, DynamicCache):
+        elif isinstance(cache, DynamicCache) and len({layer.keys.shape[-2] for layer in filled}) == 1:
             batch, _, seen = filled[0].keys.shape[:3]
             valid = torch.ones(batch, seen, dtype=torch.bool) if valid is None else valid.bool()
             if valid.shape != (batch, seen):
@@ -266,8 +266,8 @@ class SlotCache(Cache):
             at = (valid.cumsum(-1) - 1).masked_fill(~valid, -1).to(self.device, torch.int32)[:, None]
         else:
             raise FoveateError(
-                f"a decode loop can't be made of a {type(cache).__name__}: read the prompt with a policy in force, or "
-                "onto the model's own DynamicCache."
+                f"a decode loop can't be made of a {type(cache).__name__} like this one: read the prompt with a policy "
+                "in force, or onto the model's own DynamicCache, with as many entries in every layer."
             )
         self.room, self.taken, self.prompt = room, 0, int(counts.max())
         self.next = counts.view(-1, 1).to(self.device)  # (batch, 1), int64: the position of the token at work

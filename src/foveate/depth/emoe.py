@@ -254,13 +254,13 @@ class NeuronsFormClusters(Claim):
         "better than random groups (abstract and ablations; that fine-tuning with them generalises better is not tried)"
     )
     setting: ClassVar[str] = (
-        "16 experts in every MLP; 1,024 tokens of evaluation text; the part of the activation that the best 4 and "
+        "16 experts in every MLP; 512 tokens of evaluation text; the part of the activation that the best 4 and "
         "8 hold, and perplexity with 12 and 8 of 16, against two random groupings"
     )
 
     def run(self, bench: Bench) -> Finding:
-        ids = tokens(bench.text.evaluation, bench.tokenizer, 1024).to(bench.model.device)
-        streams = Streams(bench, Perplexity(tokens=1024, chunk=128), of=7)
+        ids = tokens(bench.text.evaluation, bench.tokenizer, 512).to(bench.model.device)
+        streams = Streams(bench, Perplexity(tokens=512, chunk=64), of=7)
         with torch.no_grad():
             before = bench.model(ids[:, :256], use_cache=False).logits
             with apply(bench.model, Recipe.of("emoe:experts=16,top_k=16")):
