@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foveate.models.load import load
     from foveate.models.tiny import tiny, tiny_tokenizer
     from foveate.prune import Pruner
+    from foveate.search import SearchResult, search
     from foveate.tasks import Bench, Outcome, Task, task
     from foveate.verify import verify
 
@@ -43,6 +44,7 @@ _HOMES = {
     "foveate.models.load": ("load",),
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
     "foveate.prune": ("Pruner",),
+    "foveate.search": ("SearchResult", "search"),
     "foveate.tasks": ("Bench", "Outcome", "Task", "task"),
     "foveate.verify": ("verify",),
 }

@@ -161,3 +161,45 @@ def verify(
         for words, held in verdict.checks.items():
             print(f"  {'yes' if held else 'no '}  {words}")
     print(f"\n{out / 'claims.md'}")
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id.")],
+    params: Annotated[float | None, typer.Option(help="The share of the layers' parameters that is to stay.")] = None,
+    speed: Annotated[float | None, typer.Option(help="How many times as fast it is to be, such as 1.5.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Weights and cache in all: `4GiB`, `300MiB`.")] = None,
+    axes: Annotated[
+        str | None, typer.Option(help="What may leave: `attention,mlp,layer,kv_head,channel,cache`.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder, where a stopped search goes on.")] = Path("search"),
+    calibration_tokens: Annotated[int, typer.Option(help="Calibration text that a step is measured on.")] = 1024,
+    evaluation_tokens: Annotated[int, typer.Option(help="Evaluation text of the verdict.")] = 4096,
+    context: Annotated[int, typer.Option(help="Tokens that the cache is to hold, for `--memory`.")] = 2048,
+    phase: Annotated[str, typer.Option(help="What is to be faster: `decode` or `prefill`.")] = "decode",
+    text: Annotated[str, typer.Option(help="What is read: `prose`, `code`, a file, `hub:NAME`.")] = "prose",
+    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
+) -> None:
+    """Search across techniques for the least loss at a budget."""
+    from rich.console import Console
+
+    from foveate.search import search as run
+
+    found = run(
+        model,
+        params=params,
+        speed=speed,
+        memory=memory,
+        axes=axes.split(",") if axes is not None else None,
+        out=out,
+        calibration_tokens=calibration_tokens,
+        evaluation_tokens=evaluation_tokens,
+        context=context,
+        phase=phase,
+        text=text,
+        dtype=dtype,
+        device=device,
+    )
+    Console().print(found.table())
+    print(f"{found.summary()}\n\n{found.recipe}\n{out / 'report.html'}")

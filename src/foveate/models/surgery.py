@@ -45,9 +45,9 @@ class Surgery:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Give an attribute another value."""
-        old = getattr(owner, name)
+        there, old = hasattr(owner, name), getattr(owner, name, None)
         setattr(owner, name, value)
-        self._undo.append(lambda: setattr(owner, name, old))
+        self._undo.append(lambda: setattr(owner, name, old) if there else delattr(owner, name))
 
     def heads(self, attention: nn.Module, heads: int, kv_heads: int) -> None:
         """Tell an attention module how many heads it has now."""
@@ -83,7 +83,7 @@ def unit_counts(model: PreTrainedModel, kind: str) -> list[int]:
         "mlp": lambda layer: int(has_mlp(layer)),
         "kv_head": lambda layer: _heads(layer, parts)[1],
         "head": lambda layer: _heads(layer, parts)[0],
-        "channel": lambda layer: size_in(layer.down) if has_mlp(layer) else 0,
+        "channel": _channels,
     }.get(kind)
     if count is None:
         raise FoveateError(f"there is no unit called {kind!r}: there are {', '.join(KINDS)}.")
@@ -106,13 +106,14 @@ def unit_costs(model: PreTrainedModel, kind: str) -> list[float]:
     def cost(layer: LayerParts) -> float:
         if kind == "layer":
             return count_parameters(layer.module)
-        if kind == "attention":
-            return count_parameters(layer.attention)
-        if kind == "mlp":
-            return sum(count_parameters(m) for m in _mlp_maps(layer))
+        if kind in ("attention", "mlp"):
+            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer)
+            norms = [layer.norms[path] for path in _norms_of(layer, attention=kind == "attention")]
+            parameters = sum(count_parameters(m) for m in (*maps, *norms))
+            return parameters if maps else parameters + count_parameters(layer.mlp)
         if kind == "channel":
             return sum(count_parameters(m) for m in _mlp_maps(layer)) / counts[layer.index]
-        if kind == "kv_head":
+        if kind == "kv_head" or counts[layer.index] == _heads(layer, parts)[1]:  # each with a KV head of its own
             return count_parameters(layer.attention) / counts[layer.index]
         reads = layer.q if layer.q is not None else layer.qkv
         share = counts[layer.index] / (counts[layer.index] + 2 * _heads(layer, parts)[1]) if layer.q is None else 1.0
@@ -147,7 +148,12 @@ def has_attention(layer: LayerParts) -> bool:
 
 def has_mlp(layer: LayerParts) -> bool:
     """Whether the layer still has an MLP."""
-    return layer.down is not None and not isinstance(layer.down, NoMlp)
+    return not isinstance(layer.mlp if layer.down is None else layer.down, NoMlp)
+
+
+def _channels(layer: LayerParts) -> int:
+    """Neurons of the MLP; none where it has no map that could be cut."""
+    return size_in(layer.down) if isinstance(layer.down, nn.Linear | Conv1D) else 0
 
 
 def _mlp_maps(layer: LayerParts) -> list[nn.Module]:
@@ -441,11 +447,14 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
             module = getattr(layer, role)
             if module is not None and not isinstance(module, NoMlp):
                 surgery.swap(layer.module, layer.names[role], narrow(module, rows=kept))
-        if has_attention(layer) and layer.q is None and layer.qkv is None:
+        foreign = layer.attention if has_attention(layer) and layer.q is None and layer.qkv is None else None
+        foreign = layer.mlp if has_mlp(layer) and layer.down is None else foreign
+        if foreign is not None:
             raise FoveateError(
-                f"layer {layer.index} holds a {type(layer.attention).__name__}, which can't be cut: prune a model "
-                "before its parts are converted."
+                f"layer {layer.index} holds a {type(foreign).__name__}, which can't be cut: prune a model before its "
+                "parts are converted."
             )
+    surgery.set(model.config, "head_dim", parts.head_dim)  # where there was none, it was hidden / heads
     surgery.set(model.config, "hidden_size", len(kept))
 
 
@@ -471,8 +480,10 @@ def settle(model: PreTrainedModel) -> None:
     """
     parts = anatomy(model)
     config: Any = model.config
-    config.head_dim = parts.head_dim
     stays = [layer for layer in parts.layers if has_attention(layer) or has_mlp(layer) or _adds(layer)]
+    if not stays:
+        raise FoveateError("every layer would leave: keep more.")
+    config.head_dim = parts.head_dim
     if len(stays) < len(parts.layers):
         _remove_layers(parts, stays)
     heads = {_heads(layer, parts) for layer in stays if layer.o is not None}
@@ -480,7 +491,7 @@ def settle(model: PreTrainedModel) -> None:
         config.num_attention_heads, kv_heads = heads.pop()
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = kv_heads
-    widths = {size_in(layer.down) for layer in stays if has_mlp(layer)}
+    widths = {_channels(layer) for layer in stays if _channels(layer)}
     if len(widths) == 1:
         setattr(config, families()[parts.family].intermediate, widths.pop())
 

@@ -53,10 +53,8 @@ def _tell_sizes(module: Any) -> None:
 
 def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
     """Tell an attention module how many heads its projections have now."""
-    attention.config = copy.copy(attention.config)
-    attention.config.num_attention_heads = heads
-    if hasattr(attention.config, "num_key_value_heads"):
-        attention.config.num_key_value_heads = kv_heads
+    if hasattr(attention, "config"):
+        attention.config = HeadsConfig(attention.config, heads, kv_heads)
     sizes = {
         "num_heads": heads,
         "num_attention_heads": heads,
@@ -68,6 +66,28 @@ def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
             setattr(attention, name, size)
     if hasattr(attention, "split_size"):  # GPT-2
         attention.split_size = heads * attention.head_dim
+
+
+class HeadsConfig:
+    """A model's configuration as one attention module sees it: with its own number of heads.
+
+    It is a view: all else stays the model's, also what is set there later (which attention function runs, say).
+    """
+
+    def __init__(self, config: Any, heads: int, kv_heads: int):
+        while isinstance(config, HeadsConfig):
+            config = vars(config)["model_config"]
+        vars(self).update(model_config=config, num_attention_heads=heads)
+        if hasattr(config, "num_key_value_heads"):
+            vars(self).update(num_key_value_heads=kv_heads)
+
+    def __getattr__(self, name: str) -> Any:
+        if "model_config" not in vars(self):  # while it is copied
+            raise AttributeError(name)
+        return getattr(vars(self)["model_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model_config, name, value)
 
 
 class NoAttention(nn.Module):
