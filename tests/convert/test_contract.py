@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from foveate.convert import Converter
+from foveate.convert.linear import FAMILIES as LINEAR_FAMILIES
+from foveate.convert.rotary import ROTARY_FAMILIES
 from foveate.measure.weights import weight_bytes
 from foveate.methods import METHODS, apply
 from foveate.models.tiny import TINY_FAMILIES, tiny
@@ -36,6 +38,10 @@ class Case:
 
 CASES = {
     "blockwise": Case("bits=4,block=32", sheds="bytes"),
+    "echo": Case("layers=2", families=ROTARY_FAMILIES),
+    "latent": Case("keep=0.5", "keep=1", ROTARY_FAMILIES[:3], sheds=None),  # its cache falls; Qwen 3 has no smaller one
+    "liger": Case("window=8", families=LINEAR_FAMILIES, sheds=None),
+    "lolcats": Case("window=8,tokens=0", "window=64,tokens=0", LINEAR_FAMILIES, sheds=None),
     "low-rank": Case("keep=0.6", "keep=1"),
     "recursive": Case("rank=4", "rank=64"),
 }
