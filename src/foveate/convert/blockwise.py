@@ -110,10 +110,10 @@ class Blockwise(Converter):
         return new
 
     def _embedding(self, old: Any) -> BlockwiseEmbedding:
-        scale = float(getattr(old, "scalar_embed_scale", 1.0))  # Gemma 3
         rows, columns = old.weight.shape
-        new: BlockwiseEmbedding = like(BlockwiseEmbedding(rows, columns, self.bits, self.block, self.shift, scale), old)
+        new: BlockwiseEmbedding = like(BlockwiseEmbedding(rows, columns, self.bits, self.block, self.shift), old)
         fill(new, old.weight.detach())
+        new.scale.fill_(float(getattr(old, "scalar_embed_scale", 1.0)))  # Gemma 3 has one
         return new
 
 
