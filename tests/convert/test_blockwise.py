@@ -10,8 +10,10 @@ from foveate.convert.blockwise import fill
 from foveate.errors import FoveateError
 from foveate.measure.weights import weight_bytes
 from foveate.methods import apply
+from foveate.models.caches import full_cache_bytes
 from foveate.models.stored import fingerprint
 from foveate.models.tiny import tiny
+from foveate.models.work import step_bytes
 from foveate.portable.blockwise import BlockwiseHead, BlockwiseTable, pack, unpack
 
 IDS = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -133,6 +135,16 @@ def test_it_works_on_what_another_converter_made(first):
         near = model(IDS).logits
         assert weight_bytes(model) < 0.4 * size
     assert (near - converted).norm() < 0.2 * converted.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_decode_step_reads_is_counted(tied):
+    model = tiny("llama", tie_word_embeddings=tied)
+    rope = sum(b.nbytes for b in model.buffers())  # not saved, but read
+    with apply(model, "blockwise:bits=4"):
+        table = 0 if tied else sum(b.nbytes for b in fv.anatomy(model).embedding.buffers())
+        cache = full_cache_bytes(model, 40)
+        assert step_bytes(model, IDS) == weight_bytes(model) + rope - table + cache
 
 
 def test_gradients_pass_through():
