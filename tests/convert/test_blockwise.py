@@ -10,8 +10,10 @@ from foveate.convert.blockwise import fill
 from foveate.errors import FoveateError
 from foveate.measure.weights import weight_bytes
 from foveate.methods import apply
+from foveate.models.caches import full_cache_bytes
 from foveate.models.stored import fingerprint
 from foveate.models.tiny import tiny
+from foveate.models.work import step_bytes
 from foveate.portable.blockwise import BlockwiseHead, BlockwiseTable, pack, unpack
 
 IDS = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -92,8 +94,9 @@ def test_bytes_are_what_codes_and_parameters_take(bits, block, shift):
     norms = sum(p.numel() * 4 for p in model.parameters() if p.ndim == 1)
     matrices = sum(p.ndim == 2 for p in model.parameters())
     with apply(model, f"blockwise:bits={bits},block={block},shift={shift}"):
+        # The 4: an embedding keeps a number that its rows are multiplied by.
         blocks = matrices if block is None else numel // block
-        assert weight_bytes(model) == norms + numel * bits // 8 + blocks * (1 if shift else 4)
+        assert weight_bytes(model) == norms + 4 + numel * bits // 8 + blocks * (1 if shift else 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -105,8 +108,10 @@ def test_tied_embedding_and_head_share_one_table(family):
         head, embedding = fv.anatomy(model).head, fv.anatomy(model).embedding
         assert isinstance(head, BlockwiseHead) and head._table[0] is embedding
         assert not list(head.state_dict())
+        model.tie_weights()  # transformers does, when it loads a model
         near = model(IDS).logits
         assert (near - full).norm() < 0.1 * full.norm()
+    assert model.config.tie_word_embeddings
     with apply(model, "blockwise:embedding=false"):
         assert fv.anatomy(model).head.weight is fv.anatomy(model).embedding.weight
 
@@ -130,6 +135,16 @@ def test_it_works_on_what_another_converter_made(first):
         near = model(IDS).logits
         assert weight_bytes(model) < 0.4 * size
     assert (near - converted).norm() < 0.2 * converted.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_decode_step_reads_is_counted(tied):
+    model = tiny("llama", tie_word_embeddings=tied)
+    rope = sum(b.nbytes for b in model.buffers())  # not saved, but read
+    with apply(model, "blockwise:bits=4"):
+        table = 0 if tied else sum(b.nbytes for b in fv.anatomy(model).embedding.buffers())
+        cache = full_cache_bytes(model, 40)
+        assert step_bytes(model, IDS) == weight_bytes(model) + rope - table + cache
 
 
 def test_gradients_pass_through():

@@ -17,6 +17,7 @@ from foveate.measure.weights import weight_bytes
 from foveate.methods import Paper, Target, apply, method
 from foveate.models.anatomy import anatomy
 from foveate.models.family import families
+from foveate.models.surgery import Surgery
 from foveate.portable.blockwise import BlockwiseEmbedding, BlockwiseHead, BlockwiseLinear, BlockwiseTable, pack
 from foveate.tasks.base import Bench
 from foveate.tasks.perplexity import Perplexity
@@ -90,6 +91,12 @@ class Blockwise(Converter):
             new[head] = BlockwiseHead(embedding) if tied else self._linear(parts.head)
         return new
 
+    def change(self, target: Target, surgery: Surgery) -> None:
+        super().change(target, surgery)
+        parts = anatomy(target.model)
+        if isinstance(parts.head, BlockwiseHead):  # or transformers would look for weights to tie
+            surgery.set(parts.model.config, "tie_word_embeddings", False)
+
     def _linear(self, old: Any) -> BlockwiseLinear:
         weight = weight_of(old)
         rows, columns = weight.shape
@@ -103,10 +110,10 @@ class Blockwise(Converter):
         return new
 
     def _embedding(self, old: Any) -> BlockwiseEmbedding:
-        scale = float(getattr(old, "scalar_embed_scale", 1.0))  # Gemma 3
         rows, columns = old.weight.shape
-        new: BlockwiseEmbedding = like(BlockwiseEmbedding(rows, columns, self.bits, self.block, self.shift, scale), old)
+        new: BlockwiseEmbedding = like(BlockwiseEmbedding(rows, columns, self.bits, self.block, self.shift), old)
         fill(new, old.weight.detach())
+        new.scale.fill_(float(getattr(old, "scalar_embed_scale", 1.0)))  # Gemma 3 has one
         return new
 
 

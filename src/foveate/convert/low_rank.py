@@ -40,6 +40,9 @@ class LowRank(Converter):
     Two factors of rank r have r (in + out) parameters; at r = in * out / (in + out) that is no less than the map has.
     So a map that keeps that many ranks stays as it is.
 
+    A covariance of many inputs wants many tokens: SVD-LLM takes hundreds of thousands. The default calibration text
+    has 2,048 tokens, which is quick; give `apply` more where it matters.
+
     What is not here: PELA trains the factors between compression and use, by feature distillation from the original
     and with a regulariser that bounds how far weights move. Healing is a step of its own and follows any technique;
     SVD-LLM's own update of the factors is not here either.

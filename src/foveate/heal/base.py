@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar, TypeVar, cast, dataclass_transform
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.errors import FoveateError
@@ -141,7 +140,7 @@ def heal(
             "the student and the teacher are one and the same model: load the original once more, or copy it "
             "(copy.deepcopy) before it is changed."
         )
-    words = [len(cast(Tensor, anatomy(model).embedding.weight)) for model in (student, teacher)]
+    words = [cast(int, anatomy(model).embedding.num_embeddings) for model in (student, teacher)]
     if words[0] != words[1]:
         raise FoveateError(
             f"the student knows {words[0]} tokens and the teacher {words[1]}: heal a model with the original that it "

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from foveate.models.anatomy import anatomy
 from foveate.models.caches import cache_bytes
 
 
@@ -43,8 +44,11 @@ def step_bytes(model: PreTrainedModel, ids: Tensor) -> int:
         True
     """
     weights = {id(p): p.nbytes for p in model.parameters()} | {id(b): b.nbytes for b in model.buffers()}
-    table = model.get_input_embeddings().weight
-    if table is not model.get_output_embeddings().weight:  # type: ignore[union-attr]
-        weights.pop(id(table), None)
+    parts = anatomy(model)
+    table, head = ([*m.parameters(), *m.buffers()] for m in (parts.embedding, parts.head))
+    if head:  # one without weights of its own reads the embedding's
+        for tensor in table:
+            if not any(tensor is other for other in head):
+                weights.pop(id(tensor), None)
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     return sum(weights.values()) + cache_bytes(cache)

@@ -127,30 +127,28 @@ class BlockwiseLinear(BlockwiseTable):
 class BlockwiseEmbedding(BlockwiseTable):
     """An embedding whose table is quantised block by block; only the rows that are looked up are made whole.
 
+    Rows are multiplied by `scale`, one number in the model's dtype (the Gemmas have such a number, others have 1).
+
     Args:
         num_embeddings, embedding_dim: rows and columns.
         bits, block, shift: see `BlockwiseTable`.
-        scale: what rows are multiplied by (the Gemmas have such a number).
     """
 
-    _like: Tensor
+    scale: Tensor
 
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, bits: int, block: int | None, shift: bool, scale: float = 1.0
-    ):
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, block: int | None, shift: bool):
         super().__init__(num_embeddings, embedding_dim, bits, block, shift)
-        self.num_embeddings, self.embedding_dim, self.scale = num_embeddings, embedding_dim, scale
-        self.register_buffer("_like", torch.empty(0), persistent=False)  # tells the model's dtype
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.register_buffer("scale", torch.empty(()))
 
     @property
     def settings(self) -> dict[str, Any]:
-        how = {"bits": self.bits, "block": self.block, "shift": self.shift, "scale": self.scale}
+        how = {"bits": self.bits, "block": self.block, "shift": self.shift}
         return {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim, **how}
 
     def forward(self, ids: Tensor) -> Tensor:
-        dtype = self._like.dtype
-        rows = self.numbers(dtype, ids.flatten()).unflatten(0, ids.shape)
-        return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=dtype, device=rows.device)
+        rows = self.numbers(self.scale.dtype, ids.flatten())
+        return rows.unflatten(0, ids.shape) * self.scale
 
 
 class BlockwiseHead(nn.Module):
