@@ -38,6 +38,8 @@ CASES = {
     "blockwise": Case("bits=4,block=32", sheds="bytes"),
     "low-rank": Case("keep=0.6", "keep=1"),
     "recursive": Case("rank=4", "rank=64"),
+    "latent": Case("keep=0.5", "keep=1", ("llama", "mistral", "qwen2"), None),
+    "echo": Case("layers=1", None, ("llama", "mistral", "qwen2", "qwen3")),
 }
 
 PAIRS = [(name, family) for name, case in CASES.items() for family in case.families]
