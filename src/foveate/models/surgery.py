@@ -278,6 +278,11 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
             f"units of {len(keep)} layers were given, but this model has {len(counts)}: make a plan for it."
         )
     for index, (kept, count) in enumerate(zip(keep, counts, strict=True)):
+        if len(kept) and not count and kind in ("head", "kv_head", "channel") and _is_foreign(parts.layers[index], kind):
+            raise FoveateError(
+                f"the {'MLP' if kind == 'channel' else 'attention'} of layer {index} has been converted and can't be "
+                "cut: prune a model before its parts are converted."
+            )
         if len(kept) and int(kept.max()) >= count:
             raise FoveateError(
                 f"layer {index} has {count} units of the kind {kind}, and unit {int(kept.max())} was to be kept: make "
@@ -295,6 +300,11 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
             f"the residual stream of a {parts.family} model can't be cut, because its embeddings are scaled by their "
             "width: cut channels, heads or layers."
         )
+
+
+def _is_foreign(layer: LayerParts, kind: str) -> bool:
+    """Whether the layer has the sublayer, in a form that has no units of the kind."""
+    return has_mlp(layer) if kind == "channel" else has_attention(layer)
 
 
 def _check_sharing(kind: str, parts: Anatomy, something_leaves: bool) -> None:
@@ -456,6 +466,8 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
             )
     surgery.set(model.config, "head_dim", parts.head_dim)  # where there was none, it was hidden / heads
     surgery.set(model.config, "hidden_size", len(kept))
+    if hasattr(model.config, "word_embed_proj_dim"):  # OPT
+        surgery.set(model.config, "word_embed_proj_dim", len(kept))
 
 
 def _narrow_constant(module: Any, kept: Tensor, surgery: Surgery) -> None:
