@@ -200,7 +200,7 @@ class SimilarLayersCanShare(Claim):
         full, few = streams.read("full"), streams.read(Echo(layers=4))
         random = [streams.read(_EchoRandom(layers=4, seed=seed)) for seed in (0, 1)]
         more = streams.read(Echo(layers=many))
-        speed = Speed(prompt=256, tokens=32, repeats=5).measure(bench, Recipe.of(Echo(layers=many))).metrics
+        speed = Speed(prompt=256, tokens=16, repeats=9).measure(bench, Recipe.of(Echo(layers=many))).metrics
         return Finding(
             {
                 "perplexity, whole model": full.perplexity,
@@ -218,6 +218,6 @@ class SimilarLayersCanShare(Claim):
                 "better than both random sets": all(few.below(other) for other in random),
                 f"{many} layers: as many parameters less as queries and keys have": speed["parameters"].value
                 == whole - many * saved,
-                f"{many} layers: decoding is 15% faster": speed["decode_speedup"].high >= 1.15,
+                f"{many} layers: decoding is 15% faster": speed["decode_speedup"].value >= 1.15,
             },
         )

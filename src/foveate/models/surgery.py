@@ -278,7 +278,12 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
             f"units of {len(keep)} layers were given, but this model has {len(counts)}: make a plan for it."
         )
     for index, (kept, count) in enumerate(zip(keep, counts, strict=True)):
-        if len(kept) and not count and kind in ("head", "kv_head", "channel") and _is_foreign(parts.layers[index], kind):
+        if (
+            len(kept)
+            and not count
+            and kind in ("head", "kv_head", "channel")
+            and _is_foreign(parts.layers[index], kind)
+        ):
             raise FoveateError(
                 f"the {'MLP' if kind == 'channel' else 'attention'} of layer {index} has been converted and can't be "
                 "cut: prune a model before its parts are converted."
