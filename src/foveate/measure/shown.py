@@ -14,11 +14,11 @@ class Shown:
         ...     progress(0.5)
     """
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, once: bool = True):
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._what = f"foveate: measuring {what} (once a model)"
+        self._what = f"foveate: measuring {what}{' (once a model)' if once else ''}"
         self._task = self._bar.add_task(self._what, total=1.0)
 
     def __enter__(self) -> Shown:

@@ -105,6 +105,14 @@ def tokenizer_for(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def known_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that belongs to a model, or None where it is not known."""
+    try:
+        return tokenizer_for(model)
+    except FoveateError:
+        return None
+
+
 def model_name(model: PreTrainedModel) -> str:
     """The short name for reports: `smollm2-135m`, a folder's or file's name, a Hub id, else the class.
 

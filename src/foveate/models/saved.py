@@ -54,7 +54,7 @@ def is_plain(model: PreTrainedModel) -> bool:
 
 def save(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
     card: str,
@@ -68,7 +68,7 @@ def save(
 
     Args:
         model: a live model, settled (`foveate.models.surgery.settle`), which stays as it is.
-        tokenizer: the model's.
+        tokenizer: the model's; None: the folder has none.
         folder: a new folder, an empty one, or a model that was saved here before, which is replaced in one step.
         card: the text of README.md.
         extra: other files, name -> text. `foveate.json`, a JSON object, is completed with what the folder is.
@@ -91,8 +91,9 @@ def save(
     with _in_one_step(folder, need) as part:
         # The configuration that is written is the rebuilt model's; a type of our own has no other names for weights.
         with quiet(), told(model, {"config": how.config}):
-            model.save_pretrained(part, state_dict=weights, save_original_format=how.thin is None)
-            tokenizer.save_pretrained(part)
+            PreTrainedModel.save_pretrained(model, part, state_dict=weights, save_original_format=how.thin is None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
         _complete_config(how)  # save_pretrained named the live model's class
         (part / "config.json").write_text(how.config.to_json_string(), encoding="utf-8")
         if how.thin is not None:
@@ -149,7 +150,7 @@ def _write_mark(part: Path, shape: str) -> None:
 @contextmanager
 def _in_one_step(folder: Path, need: int) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block ends well, else leaves no trace."""
-    _check_folder(folder)
+    check_folder(folder)
     leftovers = f".{folder.name}.foveate-*"
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     lock = FileLock(cache_dir() / "locks" / f"{key}.lock")
@@ -165,7 +166,7 @@ def _in_one_step(folder: Path, need: int) -> Iterator[Path]:
             try:
                 yield part
                 _sync(part)
-                _check_folder(folder)
+                check_folder(folder)
                 _swap(part, folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -178,7 +179,7 @@ def _in_one_step(folder: Path, need: int) -> Iterator[Path]:
         ) from error
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise unless a model may be written there."""
     if not folder.exists():
         return

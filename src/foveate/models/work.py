@@ -44,7 +44,7 @@ def step_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     """
     weights = {id(p): p.nbytes for p in model.parameters()} | {id(b): b.nbytes for b in model.buffers()}
     table = model.get_input_embeddings().weight
-    if table is not model.get_output_embeddings().weight  # type: ignore[union-attr]:
+    if table is not model.get_output_embeddings().weight:  # type: ignore[union-attr]
         weights.pop(id(table), None)
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     return sum(weights.values()) + cache_bytes(cache)
