@@ -143,7 +143,7 @@ def test_a_stock_skeleton_becomes_the_converted_model(name, family):
             if type(module).__name__ in classes
         }
     skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
-    build(skeleton, {"modules": modules, "heads": {}}, classes)
+    build(skeleton, {"modules": modules, "attributes": {}, "configs": {}}, classes)
     skeleton.load_state_dict(state)
     skeleton.eval()
     torch.testing.assert_close(step_through(skeleton, IDS, [40]), logits, atol=1e-5, rtol=1e-5)

@@ -146,7 +146,11 @@ def test_built_again_from_settings(recipe):
     with apply(model, recipe, calibration=IDS[:1]):
         logits, weights = model(IDS).logits, copy.deepcopy(model.state_dict())
         modules = {path: m for path, m in model.named_modules() if isinstance(m, LatentAttention)}
-        thin = {"modules": {p: [type(m).__name__, m.settings] for p, m in modules.items()}, "heads": {}}
+        thin = {
+            "modules": {p: [type(m).__name__, m.settings] for p, m in modules.items()},
+            "attributes": {},
+            "configs": {},
+        }
     fresh = AutoModelForCausalLM.from_config(model.config)
     build(fresh, json.loads(json.dumps(thin)), portable_classes())
     fresh.load_state_dict(weights)
