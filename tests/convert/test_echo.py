@@ -143,7 +143,11 @@ def test_built_again_from_settings():
         logits, weights = model(IDS).logits, copy.deepcopy(model.state_dict())
         kinds = (EchoAttention, SharingAttention)
         modules = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
-        thin = {"modules": {p: [type(m).__name__, m.settings] for p, m in modules.items()}, "heads": {}}
+        thin = {
+            "modules": {p: [type(m).__name__, m.settings] for p, m in modules.items()},
+            "attributes": {},
+            "configs": {},
+        }
         twin = copy.deepcopy(model)  # its echoes follow its own layers
     fresh = AutoModelForCausalLM.from_config(model.config)
     build(fresh, json.loads(json.dumps(thin)), portable_classes())

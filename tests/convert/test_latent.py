@@ -14,6 +14,7 @@ from foveate.convert.rotary import ROTARY_FAMILIES
 from foveate.errors import FoveateError
 from foveate.methods import apply
 from foveate.models.caches import cache_bytes, full_cache_bytes
+from foveate.models.surgery import cut, undone
 from foveate.models.tiny import TINY_FAMILIES, tiny
 from foveate.portable import portable_classes
 from foveate.portable.latent import LatentAttention
@@ -145,7 +146,11 @@ def test_built_again_from_settings(recipe):
     with apply(model, recipe, calibration=IDS[:1]):
         logits, weights = model(IDS).logits, copy.deepcopy(model.state_dict())
         modules = {path: m for path, m in model.named_modules() if isinstance(m, LatentAttention)}
-        thin = {"modules": {p: [type(m).__name__, m.settings] for p, m in modules.items()}, "heads": {}}
+        thin = {
+            "modules": {p: [type(m).__name__, m.settings] for p, m in modules.items()},
+            "attributes": {},
+            "configs": {},
+        }
     fresh = AutoModelForCausalLM.from_config(model.config)
     build(fresh, json.loads(json.dumps(thin)), portable_classes())
     fresh.load_state_dict(weights)
@@ -190,6 +195,7 @@ def test_steered_attention_finds_the_same_weights():
         ("llama", "latent+latent", "replaced already"),
         ("llama", "latent+h2o:keep=0.5", "not converted so"),
         ("llama", "h2o:keep=0.5+latent", "in force on this model"),
+        ("llama", "low-rank:keep=0.5+latent", "write latent before"),
     ],
 )
 def test_what_cannot_be_gets_a_sentence(family, recipe, says):
@@ -198,6 +204,19 @@ def test_what_cannot_be_gets_a_sentence(family, recipe, says):
     with pytest.raises(FoveateError, match=says), apply(model, recipe, calibration=IDS[:1]):
         pass
     assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("recipe", ["latent", "echo:layers=1"])
+def test_heads_that_were_cut_before_stay_so(recipe):
+    model = tiny("llama")
+    with undone(model) as surgery:
+        cut(model, "kv_head", [torch.tensor([1])] * 4, surgery)
+        before = model(IDS).logits
+        with apply(model, recipe, calibration=IDS[:1]):
+            assert {layer.attention.kv_heads for layer in fv.anatomy(model).layers if layer.q is None} == {1}
+            logits = in_pieces(model, IDS)[0]
+            torch.testing.assert_close(logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+            assert torch.allclose(logits, before, atol=1e-4) is (recipe == "latent")
 
 
 def test_a_cache_made_before_is_taken():

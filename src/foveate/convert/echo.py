@@ -186,14 +186,13 @@ class SimilarLayersCanShare(Claim):
         "this experiment leaves out, 15% more inference speed at 4% fewer parameters and no loss (abstract)"
     )
     setting: ClassVar[str] = (
-        "4 layers echo, picked on 2,048 tokens of calibration text; 2,048 tokens of evaluation text; against two "
+        "4 layers echo, picked on 2,048 tokens of calibration text; 1,024 tokens of evaluation text; against two "
         "random sets of 4 inner layers; parameters and speed also with as many echoes as make 4% of the parameters "
-        "(12 in SmolLM2-135M), decoding after a prompt of 512 tokens in alternation with the whole model"
+        "(12 in SmolLM2-135M), decoding after a prompt of 256 tokens in alternation with the whole model"
     )
 
     def run(self, bench: Bench) -> Finding:
-        task = Perplexity(tokens=2048, chunk=128)
-        streams = Streams(bench, task, of=5)
+        streams = Streams(bench, Perplexity(tokens=1024, chunk=128), of=5)
         parts = anatomy(bench.model)
         first, whole = parts.layers[0], sum(p.numel() for p in bench.model.parameters())
         saved = sum(p.numel() for module in (first.q, first.k) if module is not None for p in module.parameters())
@@ -201,16 +200,15 @@ class SimilarLayersCanShare(Claim):
         full, few = streams.read("full"), streams.read(Echo(layers=4))
         random = [streams.read(_EchoRandom(layers=4, seed=seed)) for seed in (0, 1)]
         more = streams.read(Echo(layers=many))
-        cache = task.measure(bench, Recipe.of(Echo(layers=4))).metrics["cache_fraction"]
-        speed = Speed(prompt=512, tokens=32, repeats=7).measure(bench, Recipe.of(Echo(layers=many))).metrics
+        speed = Speed(prompt=256, tokens=16, repeats=9).measure(bench, Recipe.of(Echo(layers=many))).metrics
         return Finding(
             {
                 "perplexity, whole model": full.perplexity,
                 "over whole: 4 most similar layers": few.over(full),
                 "over whole: 4 random layers, first set": random[0].over(full),
                 "over whole: 4 random layers, second set": random[1].over(full),
-                "cache, fraction, 4 layers": cache,
                 f"over whole: {many} most similar layers": more.over(full),
+                f"cache, fraction, {many} layers": speed["cache_fraction"],
                 f"parameters, fraction, {many} layers": Metric.exact(speed["parameters"].value / whole),
                 f"prefill speed-up, {many} layers": speed["prefill_speedup"],
                 f"decode speed-up, {many} layers": speed["decode_speedup"],
@@ -220,6 +218,6 @@ class SimilarLayersCanShare(Claim):
                 "better than both random sets": all(few.below(other) for other in random),
                 f"{many} layers: as many parameters less as queries and keys have": speed["parameters"].value
                 == whole - many * saved,
-                f"{many} layers: decoding is 15% faster": speed["decode_speedup"].high >= 1.15,
+                f"{many} layers: decoding is 15% faster": speed["decode_speedup"].value >= 1.15,
             },
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError
@@ -22,7 +23,8 @@ def rotary_layers(who: str, parts: Anatomy) -> list[LayerParts]:
     """The layers whose attention is still the model's own.
 
     Raises:
-        FoveateError: another family, heads that are rotated in part, no such layer, a cache policy in force already.
+        FoveateError: another family, heads that are rotated in part, no such layer, maps that have been converted, a
+            cache policy in force already.
     """
     rotary = getattr(parts.model.config, "rope_parameters", None) or {}
     if parts.family not in ROTARY_FAMILIES or rotary.get("partial_rotary_factor", 1) != 1:
@@ -36,6 +38,13 @@ def rotary_layers(who: str, parts: Anatomy) -> list[LayerParts]:
         raise FoveateError(
             f"{who}: every attention of this model has been replaced already: apply {who} to the model as it was."
         )
+    for layer in layers:
+        for name in "qkvo":
+            if not isinstance(getattr(layer, name), nn.Linear):
+                raise FoveateError(
+                    f"{who}: {layer.names[name]} of layer {layer.index} is a {type(getattr(layer, name)).__name__} by "
+                    f"now, which the attention can't be rebuilt around: write {who} before what converts single maps."
+                )
     return layers
 
 
