@@ -226,6 +226,8 @@ def test_batches_of_the_cache_are_selected_and_repeated():
         torch.testing.assert_close(out[1], model(IDS[1:, :33]).logits[0, 30:], atol=2e-4, rtol=1e-4)
         with pytest.raises(ValueError, match="can't forget"):
             cache.crop(-1)
+    with apply(model, "lolcats:window=5,tokens=0"):
+        cache = model(ids, use_cache=True).past_key_values
         cache.reset()
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, atol=2e-4, rtol=1e-4)
 
