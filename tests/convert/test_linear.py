@@ -293,7 +293,11 @@ def test_a_stock_model_is_built_anew_from_settings_and_weights(family, recipe):
             for name, module in model.named_modules()
             if isinstance(module, kinds)
         }
-    build(anew, {"modules": modules, "heads": {}}, {kind.__name__: kind for kind in kinds})
+    build(
+        anew,
+        {"modules": modules, "heads": {}, "attributes": {}, "configs": {}},
+        {kind.__name__: kind for kind in kinds},
+    )
     anew.load_state_dict(state)
     assert torch.equal(anew(ids).logits, expected)
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
