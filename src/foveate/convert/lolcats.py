@@ -175,7 +175,8 @@ def transfer(
         with torch.enable_grad():
             for step in range(steps):
                 loss = (module.attended(*given)[0].float() - answers.float()).square().mean()
-                for parameter, slope in zip(learned[index], torch.autograd.grad(loss, learned[index]), strict=True):
+                slopes = torch.autograd.grad(loss, learned[index], materialize_grads=True)  # no window: no mix
+                for parameter, slope in zip(learned[index], slopes, strict=True):
                     parameter.grad = slope
                 optimizer.step()
                 if step == 0:
