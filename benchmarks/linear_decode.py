@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import foveate as fv
 from foveate.data.text import load_text, tokens
@@ -33,7 +33,7 @@ from foveate.errors import FoveateError
 from foveate.measure.clock import alternated, timed
 from foveate.models.caches import cache_bytes
 from foveate.models.tiny import tiny, tiny_tokenizer
-from foveate.tasks.base import surprisal
+from foveate.tasks.base import read, surprisal
 
 START = time.perf_counter()
 SIDES = ("original", "converted")
@@ -63,9 +63,9 @@ def free(model: PreTrainedModel) -> None:
 
 def perplexities(model: PreTrainedModel, ids: Tensor, lengths: list[int], piece: int) -> list[float]:
     """Perplexity of the tokens from each length to the next, of a text (1, n) read in pieces; of what was read."""
-    cache, last, nll = DynamicCache(config=model.config), None, []
+    cache, last, nll = None, None, []
     for part in ids[:, : lengths[-1]].split(piece, 1):
-        logits = model(part, past_key_values=cache, use_cache=True).logits
+        logits, cache = read(model, part, cache)
         before = logits[:, :-1] if last is None else torch.cat([last, logits[:, :-1]], 1)
         nll.append(surprisal(before, part[:, part.shape[1] - before.shape[1] :])[0].double().cpu())
         last = logits[:, -1:]
@@ -78,7 +78,8 @@ class Decoding:
     """A model that has read `length` random tokens in each of `batch` rows, and decodes on."""
 
     def __init__(self, model: PreTrainedModel, length: int, args: argparse.Namespace):
-        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.model = model
+        self.cache: Any = None
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, model.config.vocab_size - 3, (args.batch, length), generator=generator).to(model.device)
         self.prefill, self.next = timed(lambda: self._read(ids, args.piece), model.device)
@@ -86,7 +87,7 @@ class Decoding:
 
     def _read(self, ids: Tensor, piece: int) -> Tensor:
         for part in ids.split(piece, 1):
-            logits = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits, self.cache = read(self.model, part, self.cache, last=1)
         return logits.argmax(-1)
 
     def step(self, steps: int) -> float:

@@ -226,6 +226,8 @@ def test_batches_of_the_cache_are_selected_and_repeated():
         torch.testing.assert_close(out[1], model(IDS[1:, :33]).logits[0, 30:], atol=2e-4, rtol=1e-4)
         with pytest.raises(ValueError, match="can't forget"):
             cache.crop(-1)
+    with apply(model, "lolcats:window=5,tokens=0"):
+        cache = model(ids, use_cache=True).past_key_values
         cache.reset()
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, atol=2e-4, rtol=1e-4)
 
@@ -291,7 +293,11 @@ def test_a_stock_model_is_built_anew_from_settings_and_weights(family, recipe):
             for name, module in model.named_modules()
             if isinstance(module, kinds)
         }
-    build(anew, {"modules": modules, "heads": {}}, {kind.__name__: kind for kind in kinds})
+    build(
+        anew,
+        {"modules": modules, "heads": {}, "attributes": {}, "configs": {}},
+        {kind.__name__: kind for kind in kinds},
+    )
     anew.load_state_dict(state)
     assert torch.equal(anew(ids).logits, expected)
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}

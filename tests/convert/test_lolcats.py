@@ -22,10 +22,11 @@ def target(model):
     return Target(model, None, lambda length=2048: IDS, tiny_tokenizer)
 
 
-def test_the_error_falls_in_every_layer_and_the_model_stays_as_it_was():
+@pytest.mark.parametrize("window", [0, 8])
+def test_the_error_falls_in_every_layer_and_the_model_stays_as_it_was(window):
     model = tiny("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = untrained(target(model), window=8, feature=None, layers="all", who="lolcats")
+    modules = untrained(target(model), window=window, feature=None, layers="all", who="lolcats")
     begun = transfer_errors(model, modules, IDS)
     seen = []
     transfer(model, modules, IDS, steps=40, lr=0.01, progress=lambda done, note: seen.append((done, note)))
@@ -66,7 +67,7 @@ def test_what_was_learned_is_read_back():
         assert [type(layer.self_attn).__name__ for layer in model.model.layers][::2] == ["LlamaAttention"] * 2
         first = model(IDS).logits
         maps = [layer.self_attn for layer in model.model.layers[1::2]]
-        assert all(isinstance(m, LolcatsAttention) and float(m.mix.abs().sum()) > 0 for m in maps)
+        assert all(isinstance(m, LolcatsAttention) and bool((m.mix != 0).any()) for m in maps)
     taught = len(calls)
     assert taught == 2  # one pass over the text, and the forward above
     with apply(model, recipe, calibration=IDS):
