@@ -119,12 +119,12 @@ class Trained(Heal):
         with _trainable(student), _reader(job.teacher) as teacher:
             _check_logits(student, rows)
             _check_logits(teacher, rows)
-            wrapped = self.wrapped(student)
             _note_frozen(job, student)
-            with _seeded(self.seed):
-                objective = self.objective(wrapped, teacher, rows[: max(1, 4096 // self.length)])
-            objective.to(rows.device)
+            with _seeded(self.seed, rows.device):
+                wrapped = self.wrapped(student)
             try:
+                with _seeded(self.seed, rows.device):
+                    objective = self.objective(wrapped, teacher, rows[: max(1, 4096 // self.length)])
                 report = self._loop(job, objective, rows, State(run), count)
             finally:
                 self.unwrapped(wrapped)
@@ -305,9 +305,9 @@ def _reader(teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
 
 
