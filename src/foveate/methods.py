@@ -72,6 +72,31 @@ class Target:
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     plans: list[Any] = field(default_factory=list)
 
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        *,
+        context: int | None = None,
+        calibration: Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Target:
+        """A target whose calibration text is the one that is always there, unless token ids (1, length) are given."""
+
+        def tokenizer_() -> PreTrainedTokenizerBase:
+            return tokenizer or tokenizer_for(model)
+
+        def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
+            if calibration is not None:
+                return calibration.to(model.device)
+            ids: Tensor = tokens(load_text("prose").calibration, tokenizer_())
+            if length > ids.shape[1]:  # all of it, and code
+                code = tokens(load_text("code").calibration, tokenizer_(), length - ids.shape[1])
+                ids = torch.cat([ids, code], dim=1)
+            return ids[:, :length].to(model.device)
+
+        return cls(model, context, calibration_ids, tokenizer_)
+
 
 class Method(Spec, ABC):
     """One published technique. A role's base class says how it gets hold of a model; a technique says what it does.
@@ -320,21 +345,9 @@ def apply(
         20
     """
 
-    def tokenizer_() -> PreTrainedTokenizerBase:
-        return tokenizer or tokenizer_for(model)
-
-    def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
-        if calibration is not None:
-            return calibration.to(model.device)
-        ids: Tensor = tokens(load_text("prose").calibration, tokenizer_())
-        if length > ids.shape[1]:  # all of it, and code
-            code = tokens(load_text("code").calibration, tokenizer_(), length - ids.shape[1])
-            ids = torch.cat([ids, code], dim=1)
-        return ids[:, :length].to(model.device)
-
     recipe = Recipe.of(recipe)
     with ExitStack() as stack:
-        target = Target(model, context, calibration_ids, tokenizer_)
+        target = Target.of(model, context=context, calibration=calibration, tokenizer=tokenizer)
         for m in recipe.methods:
             stack.enter_context(m.applied(target))
         yield recipe

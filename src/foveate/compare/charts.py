@@ -140,6 +140,34 @@ def curve_chart(points: Sequence[Mapping[str, Any]], look: Look, *, title: str, 
     return _finish(layers, title)
 
 
+def walk_chart(points: Sequence[Mapping[str, Any]], look: Look, *, title: str, x: str, y: str, percent: bool) -> Any:
+    """One line from step to step, each marked by its sort.
+
+    Args:
+        points: each has `recipe` (the sort of step), `step` (its name), `x` and `y`, in the order of the steps.
+        look, title, x, y: as for `frontier_chart`.
+        percent: whether x is a fraction, to be shown in percent.
+
+    Example:
+        >>> points = [{"recipe": "mlp", "step": f"mlp {i}", "order": i, "x": 1 - 0.1 * i, "y": i} for i in range(3)]
+        >>> spec = walk_chart(points, looks({"mlp": False}), title="walked", x="parameters", y="loss", percent=True)
+        >>> len(spec["layer"])
+        2
+    """
+    points = [{**point, "order": order} for order, point in enumerate(points)]
+    said = [
+        alt.Tooltip("step:N"),
+        alt.Tooltip("x:Q", title=x, format=".1%" if percent else ",.4r"),
+        alt.Tooltip("y:Q", title=y, format=",.3r"),
+    ]
+    x_axis = alt.X("x:Q", **_axis([point["x"] for point in points], x, percent))
+    y_axis = alt.Y("y:Q", **_axis([point["y"] for point in points], y))
+    every = _chart(points).encode(x=x_axis, y=y_axis)
+    line = every.encode(order="order:Q").mark_line(color=NEUTRAL, opacity=0.6, aria=False)
+    marks = every.encode(color=_colour(look), shape=_shape(look), tooltip=said)
+    return _finish([line, marks.mark_point(filled=True, size=50, opacity=1)], title)
+
+
 def _chart(points: Sequence[Mapping[str, Any]]) -> alt.Chart:
     return alt.Chart(alt.Data(values=list(points)))
 

@@ -96,7 +96,7 @@ def render(cells: Sequence[Cell]) -> str:
     charts = _frontiers(rows, columns, look) + _curves(done, look)
     said = advice(cells)
 
-    script = _script()
+    script = page_script()
     template = Environment(loader=FileSystemLoader(HERE), autoescape=True).get_template("page.html.j2")
     return template.render(
         advice=said[0].upper() + said[1:],
@@ -121,7 +121,7 @@ def render(cells: Sequence[Cell]) -> str:
 
 
 @functools.cache
-def _script() -> str:
+def page_script() -> str:
     """The page's script with the libraries that it uses."""
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     return vl_convert.javascript_bundle((HERE / "page.js").read_text(encoding="utf-8"), version)
