@@ -22,6 +22,7 @@ from foveate.cache.budgets import BUDGETS
 from foveate.cache.coders import CODINGS
 from foveate.cli import app
 from foveate.compare import PROFILES
+from foveate.heal import HEALS
 from foveate.methods import FUNCTIONS, METHODS, Recipe
 from foveate.models.tiny import TINY_FAMILIES
 from foveate.specs import split_specs
@@ -131,16 +132,16 @@ def test_every_function_budget_and_coding_stands_on_its_page():
         page = (ROOT / "docs" / f"{function.role}.md").read_text(encoding="utf-8")
         assert f"\n`fv.{name}()`\n" in page, f"docs/{function.role}.md says nothing of {name}"
         assert f"]({function.paper.url}), {function.paper.year}" in page
-    page = (ROOT / "docs" / "cache.md").read_text(encoding="utf-8")
-    for name, cls in [*BUDGETS.all().items(), *CODINGS.all().items()]:
+    for name, cls in [*BUDGETS.all().items(), *CODINGS.all().items(), *HEALS.all().items()]:
         if cls.__module__.startswith("foveate."):
-            assert f"\n`{name}`\n" in page, f"docs/cache.md says nothing of {name}"
+            page = (ROOT / "docs" / f"{cls.role}.md").read_text(encoding="utf-8")
+            assert f"\n`{name}`\n" in page, f"docs/{cls.role}.md says nothing of {name}"
             assert cls.paper is None or f"]({cls.paper.url}), {cls.paper.year}" in page
 
 
 def test_every_module_but_those_of_a_page_of_their_own_stands_in_the_design():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    told = {cls.__module__ for registry in (METHODS, TASKS, BUDGETS, CODINGS) for cls in registry.all().values()}
+    told = {cls.__module__ for registry in (METHODS, TASKS, BUDGETS, CODINGS, HEALS) for cls in registry.all().values()}
     source = ROOT / "src"
     for path in (source / "foveate").rglob("*.py"):
         if ".".join(path.relative_to(source).with_suffix("").parts) in told:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveate.data.text import Text, load_text
     from foveate.depth import DepthPlan
     from foveate.errors import FoveateError
+    from foveate.heal import Heal, HealReport, heal
     from foveate.measure.bootstrap import Metric
     from foveate.methods import Method, Paper, Recipe, Target, UnitScores, apply, method
     from foveate.models.anatomy import Anatomy, Family, anatomy, register_family
@@ -39,6 +40,7 @@ _HOMES = {
     "foveate.data.text": ("Text", "load_text"),
     "foveate.depth": ("DepthPlan",),
     "foveate.errors": ("FoveateError",),
+    "foveate.heal": ("Heal", "HealReport", "heal"),
     "foveate.measure.bootstrap": ("Metric",),
     "foveate.methods": ("Method", "Paper", "Recipe", "Target", "UnitScores", "apply", "method"),
     "foveate.models.anatomy": ("Anatomy", "Family", "anatomy", "register_family"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar, cast, dataclass_transform
@@ -184,6 +186,11 @@ def number(text: int | str, what: str) -> int:
     return count
 
 
-def device_type(model: PreTrainedModel) -> str:
-    """ "cpu", "cuda", ..."""
-    return torch.device(model.device).type
+@contextmanager
+def reader(teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The teacher as it is read: on a GPU a copy in bfloat16, where its weights are float32."""
+    if teacher.device.type == "cuda" and next(teacher.parameters()).dtype == torch.float32:
+        teacher = copy.deepcopy(teacher)
+        for parameter in teacher.parameters():  # not buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    yield teacher

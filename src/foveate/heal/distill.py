@@ -94,9 +94,11 @@ class Distillation(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         spec, (student, teacher) = self.spec, self.models
-        with torch.no_grad():
-            goal, theirs = _states(teacher, ids, [j for _, j in self.pairs])
         last, mine = _states(student, ids, [i for i, _ in self.pairs])
+        goal, theirs = last.detach(), list[Tensor]()
+        if spec.logits or self.pairs:
+            with torch.no_grad():
+                goal, theirs = _states(teacher, ids, [j for _, j in self.pairs])
         loss = torch.zeros((), device=ids.device)
         if spec.logits or spec.text:
             loss = loss + logit_loss(student, teacher, last, goal, ids, spec.logits, spec.temperature, spec.text)

@@ -17,7 +17,7 @@ from foveate.data.text import load_text
 from foveate.data.text import tokens as tokens_of
 from foveate.errors import FoveateError
 from foveate.heal import processes
-from foveate.heal.base import Job
+from foveate.heal.base import Job, reader
 from foveate.models.anatomy import anatomy
 
 CACHE_BYTES = 24 * 2**30
@@ -94,7 +94,7 @@ def sampled(job: Job, rows: int, length: int, seed: int) -> Tensor:
     folder = None if job.work is None else job.work / "samples"
     starts = range(0, rows, together)
     batches: list[Tensor] = []
-    with torch.inference_mode():
+    with reader(teacher) as reading, torch.inference_mode():
         for number, start in enumerate(starts):
             here = min(together, rows - start)
             owner = number % processes.world()
@@ -102,7 +102,7 @@ def sampled(job: Job, rows: int, length: int, seed: int) -> Tensor:
             if owner == processes.rank():
                 kept = None if folder is None else _stored(folder / f"{number:05}.safetensors", who, here)
                 if kept is None:
-                    kept = _sample(teacher, here, length, 100_003 * seed + number)
+                    kept = _sample(reading, here, length, 100_003 * seed + number)
                     if folder is not None:
                         _store(folder / f"{number:05}.safetensors", kept, who)
                 batch = kept.to(teacher.device)

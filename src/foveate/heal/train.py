@@ -9,8 +9,9 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError
 from foveate.heal import checkpoint, processes
-from foveate.heal.base import Heal, HealReport, Job, device_type, number
+from foveate.heal.base import Heal, HealReport, Job, number, reader
 from foveate.heal.checkpoint import State
 from foveate.heal.show import duration
 from foveate.heal.text import digest, sequences
@@ -116,15 +117,15 @@ class Trained(Heal):
         }
         # Sharded weights can't be made plain again in place, so that several processes train a copy.
         student = job.student if processes.world() == 1 else copy.deepcopy(job.student)
-        with _trainable(student), _reader(job.teacher) as teacher:
+        with _trainable(student), reader(job.teacher) as teacher:
             _check_logits(student, rows)
             _check_logits(teacher, rows)
-            wrapped = self.wrapped(student)
             _note_frozen(job, student)
-            with _seeded(self.seed):
-                objective = self.objective(wrapped, teacher, rows[: max(1, 4096 // self.length)])
-            objective.to(rows.device)
+            with _seeded(self.seed, rows.device):
+                wrapped = self.wrapped(student)
             try:
+                with _seeded(self.seed, rows.device):
+                    objective = self.objective(wrapped, teacher, rows[: max(1, 4096 // self.length)])
                 report = self._loop(job, objective, rows, State(run), count)
             finally:
                 self.unwrapped(wrapped)
@@ -295,19 +296,9 @@ def _trainable(student: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _reader(teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The teacher as it is read; on a GPU, a copy in bfloat16 where it isn't yet."""
-    if device_type(teacher) == "cuda" and next(teacher.parameters()).dtype == torch.float32:
-        teacher = copy.deepcopy(teacher)
-        for parameter in teacher.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    yield teacher
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
 
 
@@ -345,15 +336,22 @@ def _check_logits(model: PreTrainedModel, rows: Tensor) -> None:
 
 @contextmanager
 def _compiled(objective: nn.Module, wanted: bool) -> Iterator[None]:
-    """The layers of all models compiled, each by itself: equal ones share their code."""
-    layers = [layer.module for model in objective.models for layer in anatomy(model).layers] if wanted else []  # type: ignore[attr-defined, union-attr]
+    """The layers of all models compiled, each by itself: equal ones share their code, and hooks stay outside.
+
+    An objective may name layers that stay as they are, `eager`.
+    """
+    models: Any = objective.models
+    eager: Any = getattr(objective, "eager", ())
+    layers: list[Any] = [layer.module for model in models for layer in anatomy(model).layers] if wanted else []
+    layers = [layer for layer in layers if layer not in eager]
     for layer in layers:
-        layer.compile()
+        layer.forward = torch.compile(layer.forward)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=64) if wanted else nullcontext():
+            yield
     finally:
         for layer in layers:
-            layer._compiled_call_impl = None
+            del layer.forward
 
 
 # ---- several processes --------------------------------------------------------------------------------------------
