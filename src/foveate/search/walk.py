@@ -14,7 +14,7 @@ from foveate.search.goals import Goal
 from foveate.search.loss import Loss
 from foveate.search.states import Live, State, Step
 
-TRIES = 6
+TRIES = 4
 """Measurements at most, in one round, of steps that were measured on an earlier state."""
 
 
