@@ -36,7 +36,7 @@ def kl(model, given, before):
     return float((p * (p / q).log()).sum(-1).mean())
 
 
-# ---- steps and states -------------------------------------------------------------------------------------------------
+# ---- steps and states ------------------------------------------------------------------------------------------------
 
 STEPS = [
     Step("attention", "attention 2", {(2, "attention"): ()}),
@@ -130,7 +130,7 @@ def test_channel_scores_are_squared_slopes_of_gates():
     torch.testing.assert_close(scores.double(), gates.grad.square().sum(0), rtol=1e-3, atol=1e-7)
 
 
-# ---- goals ------------------------------------------------------------------------------------------------------------
+# ---- goals -----------------------------------------------------------------------------------------------------------
 
 
 def test_memory_counts_weights_and_cache():
@@ -156,7 +156,7 @@ def test_predicted_time_is_linear_in_what_stays():
         live.restore()
 
 
-# ---- whole searches ---------------------------------------------------------------------------------------------------
+# ---- whole searches --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ def test_a_speed_goal_is_reached_by_prediction_and_measured(tiny, tmp_path):
     assert again.steps == found.steps
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
