@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from foveate.prune import Pruner
     from foveate.search import SearchResult, search
     from foveate.tasks import Bench, Outcome, Task, task
+    from foveate.thin import thin
     from foveate.verify import verify
 
 _HOMES = {
@@ -45,6 +46,7 @@ _HOMES = {
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
     "foveate.prune": ("Pruner",),
     "foveate.search": ("SearchResult", "search"),
+    "foveate.thin": ("thin",),
     "foveate.tasks": ("Bench", "Outcome", "Task", "task"),
     "foveate.verify": ("verify",),
 }

@@ -134,6 +134,44 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
 
 
 @app.command()
+def thin(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id.")],
+    recipe: Annotated[str, typer.Argument(help="What to cut and convert: `flap:keep=0.8`, `plan:file=plan.json`, ...")],
+    out: Annotated[Path | None, typer.Option(help="The folder of the smaller model.")] = None,
+    heal: Annotated[
+        str, typer.Option(help="How it recovers: `none`, `bias`, `lora:...`, `distill:tokens=2M`, `minilm:...`.")
+    ] = "none",
+    regular: Annotated[
+        bool, typer.Option("--regular", help="Only shapes that a plain architecture has: all layers alike.")
+    ] = False,
+    plan: Annotated[
+        Path | None, typer.Option(help="Print the plan, write it here, and stop: `plan:file=...` carries it out.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="What it is judged on: `prose`, `code`, a file, `hub:NAME`.")] = "prose",
+    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
+) -> None:
+    """Make a model smaller for good: cut, heal, measure, save."""
+    from rich.console import Console
+
+    from foveate.thin import plan_only, thin_to
+
+    console = Console()
+    if plan is not None:
+        for made in plan_only(model, recipe, plan, regular=regular, dtype=dtype, device=device):
+            console.print(made.table())
+        print(plan)
+        return
+    if out is None:
+        print("foveate: thin needs --out, the folder for the smaller model, or --plan.", file=sys.stderr)
+        raise typer.Exit(2)
+    table = thin_to(model, recipe, out, heal=heal, regular=regular, text=text, dtype=dtype, device=device)
+    if table is not None:  # of several processes, one tells
+        console.print(table)
+        print(out)
+
+
+@app.command()
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Methods; all by default.")] = None,
     role: Annotated[str | None, typer.Option(help="Only this role: `cache`, `depth` or `prune`.")] = None,

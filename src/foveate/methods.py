@@ -33,7 +33,7 @@ from foveate.specs import Registry, Spec, split_outside, value_text
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
-ROOMS = ("cache", "convert", "depth", "prune", "steer")
+ROOMS = ("cache", "convert", "depth", "heal", "prune", "steer")
 """The packages under `foveate` that hold techniques, a room for each role."""
 
 CALIBRATION_TOKENS = 2048
@@ -71,6 +71,31 @@ class Target:
     calibration: Callable[..., Tensor]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     plans: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        *,
+        context: int | None = None,
+        calibration: Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Target:
+        """A target whose calibration text is the one that is always there, unless token ids (1, length) are given."""
+
+        def tokenizer_() -> PreTrainedTokenizerBase:
+            return tokenizer or tokenizer_for(model)
+
+        def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
+            if calibration is not None:
+                return calibration.to(model.device)
+            ids: Tensor = tokens(load_text("prose").calibration, tokenizer_())
+            if length > ids.shape[1]:  # all of it, and code
+                code = tokens(load_text("code").calibration, tokenizer_(), length - ids.shape[1])
+                ids = torch.cat([ids, code], dim=1)
+            return ids[:, :length].to(model.device)
+
+        return cls(model, context, calibration_ids, tokenizer_)
 
 
 class Method(Spec, ABC):
@@ -320,21 +345,9 @@ def apply(
         20
     """
 
-    def tokenizer_() -> PreTrainedTokenizerBase:
-        return tokenizer or tokenizer_for(model)
-
-    def calibration_ids(length: int = CALIBRATION_TOKENS) -> Tensor:
-        if calibration is not None:
-            return calibration.to(model.device)
-        ids: Tensor = tokens(load_text("prose").calibration, tokenizer_())
-        if length > ids.shape[1]:  # all of it, and code
-            code = tokens(load_text("code").calibration, tokenizer_(), length - ids.shape[1])
-            ids = torch.cat([ids, code], dim=1)
-        return ids[:, :length].to(model.device)
-
     recipe = Recipe.of(recipe)
     with ExitStack() as stack:
-        target = Target(model, context, calibration_ids, tokenizer_)
+        target = Target.of(model, context=context, calibration=calibration, tokenizer=tokenizer)
         for m in recipe.methods:
             stack.enter_context(m.applied(target))
         yield recipe

@@ -60,6 +60,10 @@ class Plan:
     means: Means | None = field(default=None, repr=False, compare=False)
     """What the units that leave gave on average, where it is to be kept as a constant. Not saved."""
 
+    def __post_init__(self) -> None:
+        if "head" in self.keep and "kv_head" in self.keep:
+            raise FoveateError("a plan cuts units of the kind head or of the kind kv_head, and not of both: leave one.")
+
     @classmethod
     def of(
         cls, model: PreTrainedModel, keep: dict[str, list[Tensor]], made_by: str = "", means: Means | None = None
@@ -86,7 +90,9 @@ class Plan:
         """
         self.check(model)
         for kind, keep in self.keep.items():
-            cut(model, kind, keep, surgery, self.means)
+            # Of a sublayer that has just left as a whole, nothing more can leave.
+            there = [kept if count else kept[:0] for kept, count in zip(keep, unit_counts(model, kind), strict=True)]
+            cut(model, kind, there, surgery, self.means)
 
     def describe(self) -> str:
         """In a few words, for people."""
@@ -433,8 +439,9 @@ def plan_for(
     stays = budget.spend(scores, costs, cost)
     gone = [~kept & ~score.scores.isnan() for kept, score in zip(stays, scores, strict=True)]
     spent = sum(float((price * mask).sum()) for price, mask in zip(costs, gone, strict=True))
-    smallest = max(float(price.max()) for price in costs)
-    if spent < 0.98 * cost - smallest:
+    # A unit can be too much by half, and so can what every layer is rounded by.
+    slack = sum(float(price.max()) + float(price.sum()) * budget.multiple / 2 for price in costs)
+    if spent < 0.98 * cost - slack:
         raise FoveateError(
             f"{who}: keep={keep} asks that {cost:.3g} {by} leave, and only {spent:.3g} can: keep more, lower the "
             "budget's floor, or add a technique that cuts other units."

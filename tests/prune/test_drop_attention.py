@@ -9,7 +9,8 @@ import foveate as fv
 from foveate.methods import apply
 from foveate.models.caches import cache_bytes, full_cache_bytes
 from foveate.models.tiny import TINY_FAMILIES, tiny
-from foveate.prune.drop_attention import DropAttention, attention_change
+from foveate.prune.drop_attention import DropAttention
+from foveate.prune.statistics import sublayer_change
 
 IDS = torch.randint(3, 120, (1, 48), generator=torch.Generator().manual_seed(1))
 
@@ -22,7 +23,7 @@ def test_the_sublayer_that_does_nothing_is_what_leaves(family, idle):
     with torch.no_grad():
         for parameter in parts.layers[idle].o.parameters():
             parameter.zero_()
-    change = attention_change(model, IDS)
+    change = sublayer_change(model, IDS)["attention"]
     assert int(change.argmin()) == idle and abs(float(change[idle])) < 1e-5
     assert (change[[i for i in range(4) if i != idle]] > 1e-4).all()
 
@@ -55,7 +56,7 @@ def test_the_cosine_is_the_papers():
     mask = torch.ones(48, 48).tril().log()[None, None]
     added = layer.self_attn(layer.input_layernorm(states), position_embeddings=position, attention_mask=mask)[0]
     expected = 1 - torch.cosine_similarity(states, states + added, dim=-1).mean()
-    torch.testing.assert_close(attention_change(model, IDS)[1, 0], expected.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sublayer_change(model, IDS)["attention"][1, 0], expected.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_keep_1_scores_and_removes_nothing():
@@ -78,6 +79,6 @@ def test_what_is_gone_is_not_dropped_again():
 def test_layers_that_are_skipped_are_not_scored():
     model = tiny("llama", num_hidden_layers=4)
     with apply(model, "skip-layers:keep=0.75"):
-        assert attention_change(model, IDS).isnan().flatten().tolist() == [False, False, True, False]
-    with apply(model, "skip-layers:keep=0.75+drop-attention:keep=0.5", calibration=IDS):
-        assert sum(type(layer.self_attn).__name__ == "NoAttention" for layer in model.model.layers) == 1
+        assert sublayer_change(model, IDS)["attention"].isnan().flatten().tolist() == [False, False, True, False]
+    with apply(model, "skip-layers:keep=0.75+drop-attention:keep=0.5", calibration=IDS):  # one left with its layer
+        assert sum(type(layer.self_attn).__name__ == "NoAttention" for layer in model.model.layers) == 2

@@ -260,9 +260,8 @@ class PolicyLayer(CacheLayerMixin):
         """Which entries the policy attends to, as its `reads` says; None = all. They are counted in `read`."""
         read = None
         if step.new == 1 and step.limits is not None:
-            read = self.policy.reads(
-                self.view(step, query, inv_freq), step.limits.of[self.index], step.limits.most[self.index]
-            )
+            limit = step.limits.of[self.index][:, : self.working.positions.shape[1]]
+            read = self.policy.reads(self.view(step, query, inv_freq), limit, step.limits.most[self.index])
         count = ((self.working.positions if read is None else read) >= 0).sum(-1)
         self.state["read"] = self.state["read"] + count if "read" in self.state else count
         return read
@@ -313,7 +312,7 @@ class PolicyLayer(CacheLayerMixin):
             most = min(most, sliding_window)
         if slots <= min(least, most):
             return
-        limit = limits.of[self.index]
+        limit = limits.of[self.index][:, : positions.shape[1]]  # fewer KV heads where some were pruned
         score = policy.score(view).float()
         recent = torch.minimum((limit * policy.recent).long(), limit - policy.sinks).clamp(min=1)
         score = score.masked_fill(positions >= view.seen - recent, torch.finfo(torch.float32).max)

@@ -226,6 +226,8 @@ class SlotCache(Cache):
 
     layers: list[Any]
 
+    bears_gaps = True  # see NoAttention
+
     def __init__(
         self,
         cache: Cache,

@@ -1,22 +1,37 @@
-"""The depth role: which layers run. A technique plans; skipping and keeping positions right are here."""
+"""The depth role: which layers run. A technique plans; leaving layers out and keeping positions right are here."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
+import torch
 
-from foveate.errors import FoveateError
-from foveate.methods import Method, Target
+from foveate.methods import Change, Target
 from foveate.models.anatomy import Anatomy, anatomy
-from foveate.models.caches import partial_cache
+from foveate.models.surgery import Surgery, unit_counts
+from foveate.plans import Plan
 
 
-class DepthPlan(Method):
-    """Base of techniques that run the same layers for every token. A technique writes `plan`."""
+def layers_of(parts: Anatomy) -> list[int]:
+    """Indices of the layers that are there: those that have neither attention nor MLP any more don't count.
+
+    Example:
+        >>> import foveate as fv
+        >>> model = fv.tiny("llama", num_hidden_layers=4)
+        >>> with fv.apply(model, "skip-layers:keep=0.75"):
+        ...     layers_of(fv.anatomy(model))
+        [0, 1, 3]
+    """
+    return [index for index, there in enumerate(unit_counts(parts.model, "layer")) if there]
+
+
+class DepthPlan(Change):
+    """Base of techniques that run the same layers for every token. A technique writes `plan`.
+
+    The other layers leave as a pruner's units do, by a `foveate.plans.Plan`: inside `apply` their weights are gone, and
+    back at the end of the block; `fv.thin` leaves them out for good.
+    """
 
     role: ClassVar[str] = "depth"
 
@@ -24,30 +39,12 @@ class DepthPlan(Method):
     def plan(self, parts: Anatomy) -> list[int]:
         """Indices of the layers that run, ascending."""
 
-    @contextmanager
-    def applied(self, target: Target) -> Iterator[None]:
+    def change(self, target: Target, surgery: Surgery) -> None:
         parts = anatomy(target.model)
-        run = set(self.plan(parts))
-        skipped = [layer.module for layer in parts.layers if layer.index not in run]
-        with ExitStack() as stack:
-            if skipped:
-                stack.enter_context(partial_cache(target.model))
-            for module in skipped:
-                stack.enter_context(_passed_through(module, self.name))
-            yield
-
-
-@contextmanager
-def _passed_through(layer: nn.Module, who: str) -> Iterator[None]:
-    """The decoder layer hands on the hidden states as they are; its weights stay."""
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    if "forward" in vars(layer):
-        raise FoveateError(f"{who}: a layer's forward has been replaced already, by a hook or another method.")
-    layer.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del layer.forward
+        run, there = set(self.plan(parts)), layers_of(parts)
+        if run.issuperset(there):
+            return
+        keep = [torch.arange(int(layer.index in run and layer.index in there)) for layer in parts.layers]
+        plan = Plan.of(target.model, {"layer": keep}, self.to_text())
+        target.plans.append(plan)
+        plan.carry_out(target.model, surgery)

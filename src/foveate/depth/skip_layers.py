@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from foveate.claims import Claim, Finding, Streams, claim
-from foveate.depth.base import DepthPlan
+from foveate.depth.base import DepthPlan, layers_of
 from foveate.errors import FoveateError
 from foveate.methods import Paper, Recipe, check_fraction, method
 from foveate.models.anatomy import Anatomy
@@ -33,7 +33,8 @@ class SkipLayers(DepthPlan):
     The number of layers follows from the target speed-up alone, as in the paper: `keep` is its inverse, so
     a target of 1.25 is `keep=0.8`. Batches and caches work unchanged, because every token skips the same layers. The
     paper's released code fine-tunes the model with the layers left out; here it is used as it is. Which layers
-    are the balanced ones the abstract leaves open; here the gaps between them are equal.
+    are the balanced ones the abstract leaves open; here the gaps between them are equal. Layers that have left already
+    don't count.
 
     Fields: `keep`, the fraction of layers that run, in (0, 1].
 
@@ -56,7 +57,8 @@ class SkipLayers(DepthPlan):
         check_fraction(self.name, self.keep)
 
     def plan(self, parts: Anatomy) -> list[int]:
-        layers = len(parts.layers)
+        there = layers_of(parts)
+        layers = len(there)
         skipped = layers - round(self.keep * layers)
         if skipped > layers - 2:
             raise FoveateError(
@@ -64,7 +66,7 @@ class SkipLayers(DepthPlan):
                 f"always run: keep at least {2 / layers:.2f}."
             )
         out = set(spread(layers, skipped))
-        return [i for i in range(layers) if i not in out]
+        return [layer for i, layer in enumerate(there) if i not in out]
 
 
 @dataclass(frozen=True, kw_only=True)

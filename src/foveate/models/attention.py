@@ -85,10 +85,16 @@ def replaced_attention(model: PreTrainedModel, attention: Attention, who: str) -
         who: the name that an error sentence begins with.
 
     Raises:
-        FoveateError: something else stands in already.
+        FoveateError: something else stands in already, or a layer was converted and holds other things than KV heads.
     """
     parts = anatomy(model)
     check_free(who, parts)
+    for layer in parts.layers:
+        if not getattr(layer.attention, "plain_entries", True):
+            raise FoveateError(
+                f"{who}: layer {layer.index} holds a {type(layer.attention).__name__}, whose cache has no keys and "
+                f"values of each KV head, which {who} works on: apply {who} to a model that was not converted so."
+            )
     before = model.config._attn_implementation
     for layer in parts.layers:
         _IN_PLACE[layer.attention] = (layer.index, attention)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,11 +12,17 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from foveate.errors import FoveateError
-from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, Source, cache_dir, locate, reason, say
+from foveate.models.form import thin_class
+from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, Source, cache_dir, locate, quiet, reason, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONVERSION = "1"  # raise it when what _converted() writes changes, and every cache converts again
@@ -94,12 +97,20 @@ def tokenizer_for(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         if not origin:
             raise ValueError("it was not loaded from anywhere")
-        with _quiet():
-            return AutoTokenizer.from_pretrained(origin)
+        with quiet():
+            return AutoTokenizer.from_pretrained(origin, trust_remote_code=False)  # or it would ask
     except Exception as error:  # whatever transformers meets there, the answer is the same
         raise FoveateError(
             f"no tokenizer is known for this {type(model).__name__} ({reason(error)}): pass tokenizer=."
         ) from error
+
+
+def known_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that belongs to a model, or None where it is not known."""
+    try:
+        return tokenizer_for(model)
+    except FoveateError:
+        return None
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -135,7 +146,7 @@ def _converted(source: Source) -> Source:
         with tempfile.TemporaryDirectory(prefix="partial-", dir=folder.parent) as partial:
             model, tokenizer = _read(source, torch.float32, trust_remote_code=False)
             whole = Path(partial) / DEFAULT_MODEL
-            with _quiet():
+            with quiet():
                 model.save_pretrained(whole)
                 tokenizer.save_pretrained(whole)
             try:
@@ -156,10 +167,11 @@ def _read(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     place = f"{source.at}/{source.gguf}" if source.gguf else source.at
     common = {"trust_remote_code": trust_remote_code} | ({"gguf_file": source.gguf} if source.gguf else {})
+    auto: Any = None if source.gguf else _thin_class(source)
     try:
-        with _quiet(bars=source.on_hub):
+        with quiet(bars=source.on_hub):
             # Mismatches are ignored here only because _check_complete reports them, missing ones too.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = (auto or AutoModelForCausalLM).from_pretrained(
                 source.at,
                 dtype=dtype,
                 use_safetensors=None if source.gguf else True,
@@ -182,7 +194,7 @@ def _read(
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # older transformers pick sdpa, which leaves the softcap out
     try:
-        with _quiet(bars=source.on_hub):
+        with quiet(bars=source.on_hub):
             tokenizer = AutoTokenizer.from_pretrained(source.at, **common)
     except Exception as error:
         remedy = "give a GGUF file that has one" if source.gguf else "put its tokenizer.json beside the weights"
@@ -190,6 +202,15 @@ def _read(
     if source.gguf:
         _mend_gguf(model, tokenizer)
     return model, tokenizer
+
+
+def _thin_class(source: Source) -> type[PreTrainedModel] | None:
+    """The class of a model that was saved here in an uncommon shape, made without its folder's code; else None."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source.at)
+    except (OSError, ValueError):  # the loading itself will say what is wrong
+        return None
+    return thin_class(config, source.name) if str(config.get("model_type", "")).startswith("thin_") else None
 
 
 def _check_complete(place: str, info: dict) -> None:
@@ -235,18 +256,3 @@ def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     if wanted is None or wanted not in DTYPES.values():
         raise FoveateError(f"dtype {dtype} is not one a model runs in: give auto, {', '.join(DTYPES)}.")
     return wanted
-
-
-@contextlib.contextmanager
-def _quiet(bars: bool = False) -> Iterator[None]:
-    """transformers' advice and bars kept off the terminal; `bars` leaves them, for what is downloaded."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        # The GGUF reader's bar obeys no setting of transformers', so stderr itself is put aside.
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-            if not bars:
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-    finally:
-        transformers_logging.set_verbosity(before)

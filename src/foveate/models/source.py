@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 import platformdirs
 from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers.utils import logging as transformers_logging
 
 from foveate.errors import FoveateError
 
@@ -142,3 +145,18 @@ def reason(error: Exception) -> str:
 
 def say(line: str) -> None:
     print(f"foveate: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """transformers' advice and bars kept off the terminal; `bars` leaves them, for what is downloaded."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        # The GGUF reader's bar obeys no setting of transformers', so stderr itself is put aside.
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if not bars:
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)

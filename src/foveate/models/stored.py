@@ -18,14 +18,19 @@ from foveate.models.source import cache_dir
 SAMPLE = 256
 """Numbers of each parameter that tell models apart."""
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16)
+"""What quantised weights are kept in."""
+
 
 def fingerprint(model: PreTrainedModel) -> str:
     """16 hexadecimal digits that change with the weights: of every parameter its name, shape, and some numbers.
 
-    The numbers are rounded to bfloat16, so that a model has one fingerprint in any dtype.
+    Quantised weights count too: they are buffers of integers. The numbers are rounded to bfloat16, so that a model has
+    one fingerprint in any dtype.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    packed = [(name, buffer) for name, buffer in model.named_buffers() if buffer.dtype in INTEGERS]
+    for name, parameter in [*model.named_parameters(), *packed]:
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

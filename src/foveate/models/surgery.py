@@ -45,9 +45,9 @@ class Surgery:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Give an attribute another value."""
-        old = getattr(owner, name)
+        there, old = hasattr(owner, name), getattr(owner, name, None)
         setattr(owner, name, value)
-        self._undo.append(lambda: setattr(owner, name, old))
+        self._undo.append(lambda: setattr(owner, name, old) if there else delattr(owner, name))
 
     def heads(self, attention: nn.Module, heads: int, kv_heads: int) -> None:
         """Tell an attention module how many heads it has now."""
@@ -83,7 +83,7 @@ def unit_counts(model: PreTrainedModel, kind: str) -> list[int]:
         "mlp": lambda layer: int(has_mlp(layer)),
         "kv_head": lambda layer: _heads(layer, parts)[1],
         "head": lambda layer: _heads(layer, parts)[0],
-        "channel": lambda layer: size_in(layer.down) if has_mlp(layer) else 0,
+        "channel": _channels,
     }.get(kind)
     if count is None:
         raise FoveateError(f"there is no unit called {kind!r}: there are {', '.join(KINDS)}.")
@@ -106,13 +106,14 @@ def unit_costs(model: PreTrainedModel, kind: str) -> list[float]:
     def cost(layer: LayerParts) -> float:
         if kind == "layer":
             return count_parameters(layer.module)
-        if kind == "attention":
-            return count_parameters(layer.attention)
-        if kind == "mlp":
-            return sum(count_parameters(m) for m in _mlp_maps(layer))
+        if kind in ("attention", "mlp"):
+            maps = [layer.attention] if kind == "attention" else _mlp_maps(layer)
+            norms = [layer.norms[path] for path in _norms_of(layer, attention=kind == "attention")]
+            parameters = sum(count_parameters(m) for m in (*maps, *norms))
+            return parameters if maps else parameters + count_parameters(layer.mlp)
         if kind == "channel":
             return sum(count_parameters(m) for m in _mlp_maps(layer)) / counts[layer.index]
-        if kind == "kv_head":
+        if kind == "kv_head" or counts[layer.index] == _heads(layer, parts)[1]:  # each with a KV head of its own
             return count_parameters(layer.attention) / counts[layer.index]
         reads = layer.q if layer.q is not None else layer.qkv
         share = counts[layer.index] / (counts[layer.index] + 2 * _heads(layer, parts)[1]) if layer.q is None else 1.0
@@ -147,7 +148,12 @@ def has_attention(layer: LayerParts) -> bool:
 
 def has_mlp(layer: LayerParts) -> bool:
     """Whether the layer still has an MLP."""
-    return layer.down is not None and not isinstance(layer.down, NoMlp)
+    return not isinstance(layer.mlp if layer.down is None else layer.down, NoMlp)
+
+
+def _channels(layer: LayerParts) -> int:
+    """Neurons of the MLP; none where it has no map that could be cut."""
+    return size_in(layer.down) if isinstance(layer.down, nn.Linear | Conv1D) else 0
 
 
 def _mlp_maps(layer: LayerParts) -> list[nn.Module]:
@@ -198,6 +204,7 @@ def cut(model: PreTrainedModel, kind: str, keep: list[Tensor], surgery: Surgery,
     parts = anatomy(model)
     counts = unit_counts(model, kind)
     _check(kind, keep, counts, parts)
+    _check_sharing(kind, parts, any(len(kept) < count for kept, count in zip(keep, counts, strict=True)))
     if kind == "hidden":
         return _cut_hidden(parts, keep[0], surgery)
     for layer, kept, count in zip(parts.layers, keep, counts, strict=True):
@@ -270,13 +277,24 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
         raise FoveateError(
             f"units of {len(keep)} layers were given, but this model has {len(counts)}: make a plan for it."
         )
+    fine = kind in ("head", "kv_head", "channel")
     for index, (kept, count) in enumerate(zip(keep, counts, strict=True)):
+        if (
+            len(kept)
+            and not count
+            and kind in ("head", "kv_head", "channel")
+            and _is_foreign(parts.layers[index], kind)
+        ):
+            raise FoveateError(
+                f"the {'MLP' if kind == 'channel' else 'attention'} of layer {index} has been converted and can't be "
+                "cut: prune a model before its parts are converted."
+            )
         if len(kept) and int(kept.max()) >= count:
             raise FoveateError(
                 f"layer {index} has {count} units of the kind {kind}, and unit {int(kept.max())} was to be kept: make "
                 "a plan for this model."
             )
-        if kind in ("head", "kv_head", "channel", "hidden") and count and not len(kept):
+        if (fine or kind == "hidden") and count and not len(kept):
             raise FoveateError(
                 f"every {kind} of layer {index} would leave: keep more, or drop the whole sublayer (kind "
                 f"{'mlp' if kind == 'channel' else 'attention'})."
@@ -288,6 +306,24 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
             f"the residual stream of a {parts.family} model can't be cut, because its embeddings are scaled by their "
             "width: cut channels, heads or layers."
         )
+
+
+def _is_foreign(layer: LayerParts, kind: str) -> bool:
+    """Whether the layer has the sublayer, in a form that has no units of the kind."""
+    return has_mlp(layer) if kind == "channel" else has_attention(layer)
+
+
+def _check_sharing(kind: str, parts: Anatomy, something_leaves: bool) -> None:
+    """Whole sublayers can't leave where one may hold what others read."""
+    if kind not in ("layer", "attention", "mlp") or not something_leaves:
+        return
+    for layer in parts.layers:
+        for path, module in layer.module.named_modules():
+            if hasattr(module, "tie"):
+                raise FoveateError(
+                    f"layer {layer.index} shares what its {path} holds with other layers, so none of them can leave: "
+                    "prune a model before its parts are converted."
+                )
 
 
 def _drop_attention(layer: LayerParts, surgery: Surgery, mean: Tensor | None) -> None:
@@ -401,9 +437,9 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
         raise FoveateError(
             "this OPT has embeddings of another width than its layers: its residual stream can't be cut."
         )
-    tied = parts.head.weight is parts.embedding.weight  # type: ignore[union-attr]
     embedding: Any = narrow(parts.embedding, columns=kept)
     head: Any = narrow(parts.head, columns=kept)
+    tied = parts.head.weight is parts.embedding.weight  # type: ignore[union-attr]
     if tied:
         head.weight = embedding.weight
     for old, new in ((parts.embedding, embedding), (parts.head, head)):
@@ -427,12 +463,17 @@ def _cut_hidden(parts: Anatomy, kept: Tensor, surgery: Surgery) -> None:
             module = getattr(layer, role)
             if module is not None and not isinstance(module, NoMlp):
                 surgery.swap(layer.module, layer.names[role], narrow(module, rows=kept))
-        if has_attention(layer) and layer.q is None and layer.qkv is None:
+        foreign = layer.attention if has_attention(layer) and layer.q is None and layer.qkv is None else None
+        foreign = layer.mlp if has_mlp(layer) and layer.down is None else foreign
+        if foreign is not None:
             raise FoveateError(
-                f"layer {layer.index} holds a {type(layer.attention).__name__}, which can't be cut: prune a model "
-                "before its parts are converted."
+                f"layer {layer.index} holds a {type(foreign).__name__}, which can't be cut: prune a model before its "
+                "parts are converted."
             )
+    surgery.set(model.config, "head_dim", parts.head_dim)  # where there was none, it was hidden / heads
     surgery.set(model.config, "hidden_size", len(kept))
+    if hasattr(model.config, "word_embed_proj_dim"):  # OPT
+        surgery.set(model.config, "word_embed_proj_dim", len(kept))
 
 
 def _narrow_constant(module: Any, kept: Tensor, surgery: Surgery) -> None:
@@ -457,8 +498,10 @@ def settle(model: PreTrainedModel) -> None:
     """
     parts = anatomy(model)
     config: Any = model.config
-    config.head_dim = parts.head_dim
     stays = [layer for layer in parts.layers if has_attention(layer) or has_mlp(layer) or _adds(layer)]
+    if not stays:
+        raise FoveateError("every layer would leave: keep more.")
+    config.head_dim = parts.head_dim
     if len(stays) < len(parts.layers):
         _remove_layers(parts, stays)
     heads = {_heads(layer, parts) for layer in stays if layer.o is not None}
@@ -466,7 +509,7 @@ def settle(model: PreTrainedModel) -> None:
         config.num_attention_heads, kv_heads = heads.pop()
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = kv_heads
-    widths = {size_in(layer.down) for layer in stays if has_mlp(layer)}
+    widths = {_channels(layer) for layer in stays if _channels(layer)}
     if len(widths) == 1:
         setattr(config, families()[parts.family].intermediate, widths.pop())
 

@@ -10,13 +10,25 @@ The protocol: a portable module is an `nn.Module` with
 - `settings`: a property, the dictionary to build it with again;
 - `tie(self, model)`, where it has one: called once all modules of a model are in place, to find other modules of the
   same model by the paths in its settings. What it finds is kept out of `_modules` (in a tuple, say), so that shared
-  weights are saved once.
+  weights are saved once;
+- all that it holds is in its settings, its parameters, and its buffers (of any number type): buffers that are not
+  saved (`persistent=False`) are refused, since nothing would fill them again.
 """
 
 import importlib
 import pkgutil
 
 from torch import nn
+
+_REGISTERED: dict[str, type[nn.Module]] = {}
+
+
+def register_portable(cls: type[nn.Module]) -> None:
+    """Make a portable class of another package known. Its file travels, and so does what it imports from `.`.
+
+    Called from another file than the class's own, which must not need foveate.
+    """
+    _REGISTERED[cls.__name__] = cls
 
 
 def portable_classes() -> dict[str, type[nn.Module]]:
@@ -28,7 +40,7 @@ def portable_classes() -> dict[str, type[nn.Module]]:
         True
     """
     files = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    return {
+    return _REGISTERED | {
         name: value
         for file in files
         for name, value in vars(file).items()

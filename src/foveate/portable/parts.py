@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,12 +53,34 @@ def _tell_sizes(module: Any) -> None:
             setattr(module, name, size)
 
 
+class OwnConfig:
+    """The model's configuration as one module sees it: some values are its own, the rest is the model's at any time.
+
+    So a module with fewer heads still follows when the model is told to attend by another implementation.
+    """
+
+    def __init__(self, config: Any, own: dict[str, Any]):
+        vars(self).update(own, _config=config, _own=tuple(own))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_own") or name.startswith("__"):  # a copy in the making
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What differs from the model's."""
+        return {name: getattr(self, name) for name in self._own}
+
+
 def set_heads(attention: Any, heads: int, kv_heads: int) -> None:
     """Tell an attention module how many heads its projections have now."""
-    attention.config = copy.copy(attention.config)
-    attention.config.num_attention_heads = heads
-    if hasattr(attention.config, "num_key_value_heads"):
-        attention.config.num_key_value_heads = kv_heads
+    if hasattr(attention, "config"):
+        config = attention.config
+        own = {"num_attention_heads": heads}
+        if hasattr(config, "num_key_value_heads"):
+            own["num_key_value_heads"] = kv_heads
+        attention.config = OwnConfig(config._config if isinstance(config, OwnConfig) else config, own)
     sizes = {
         "num_heads": heads,
         "num_attention_heads": heads,
@@ -137,8 +161,9 @@ def build(model: Any, thin: dict[str, Any], classes: dict[str, type]) -> None:
 
     Args:
         model: the stock model, its weights still to be read.
-        thin: `modules`: path -> [class, settings], or ["resized", parameter -> shape]; `heads`: path of an attention
-            module -> [heads, KV heads].
+        thin: `modules`: path -> [class, settings], or ["resized", parameter -> shape]; `attributes`: path -> plain
+            attributes of a module that differ from the stock model's; `configs`: path -> values of the configuration
+            that differ for this module.
         classes: the portable classes, by name.
     """
     for path, (name, settings) in thin["modules"].items():
@@ -148,11 +173,45 @@ def build(model: Any, thin: dict[str, Any], classes: dict[str, type]) -> None:
         else:
             cls = classes[name]
             extra = {"config": model.config} if "config" in inspect.signature(cls).parameters else {}
-            new = cls(**settings, **extra).to(model.dtype)
+            new = cls(**settings, **extra)
         owner, _, last = path.rpartition(".")
         setattr(model.get_submodule(owner), last, new)
-    for path, (heads, kv_heads) in thin["heads"].items():
-        set_heads(model.get_submodule(path), heads, kv_heads)
+    for path, values in thin["attributes"].items():
+        for name, value in values.items():
+            setattr(model.get_submodule(path), name, value)
+    for path, values in thin["configs"].items():
+        model.get_submodule(path).config = OwnConfig(model.config, values)
     for module in list(model.modules()):
         if hasattr(module, "settings") and hasattr(module, "tie"):
             module.tie(model)
+
+
+@contextmanager
+def told(config: Any, values: dict[str, Any]) -> Iterator[None]:
+    """A configuration with other values while the block lasts."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+class Thin:
+    """Mixed into a stock model's class: what is built has the shape that `config.thin` tells of (see `build`).
+
+    `config.thin["skeleton"]` holds values under which the stock class is built first, where it can't be built under
+    the model's own, such as a width that its heads don't divide.
+
+    Class attributes: `portable`, the portable classes by name.
+    """
+
+    portable: dict[str, type] = {}
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        with told(config, config.thin["skeleton"]):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        build(self, config.thin, self.portable)
+        self.post_init()  # type: ignore[attr-defined]  # ties what was replaced

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,11 +27,12 @@ class Pruner(Change):
             parameters in the decoder layers, or of the scored units where the technique's `by` is "units".
         budget: how what leaves is spread over layers and kinds of unit: `global`, `uniform` or `per-kind`.
 
-    Class attributes: `by`.
+    Class attributes: `by`; `reads`, whether `score` looks at calibration text (else it is given none).
     """
 
     role: ClassVar[str] = "prune"
     by: ClassVar[str] = "parameters"
+    reads: ClassVar[bool] = True
 
     keep: float
     budget: Spread = Global()
@@ -49,7 +51,7 @@ class Pruner(Change):
     def plan(self, target: Target) -> Plan:
         """What stays and what leaves, on the model as it is now."""
         anatomy(target.model)  # an unknown model is reported before any calibration runs
-        calibration = target.calibration()
+        calibration = target.calibration() if self.reads else torch.empty(1, 0, dtype=torch.long)
         scores = self.score(target.model, calibration)
         plan = plan_for(target.model, scores, self.keep, self.budget, by=self.by, who=self.to_text())
         return dataclasses.replace(plan, means=self.means(target.model, calibration))

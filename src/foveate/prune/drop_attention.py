@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from foveate.claims import Claim, Finding, Streams, claim
 from foveate.methods import Paper, Recipe, UnitScores, method
 from foveate.models.anatomy import anatomy
-from foveate.portable.parts import NoAttention
 from foveate.prune.base import Pruner
+from foveate.prune.statistics import sublayer_change
 from foveate.tasks.base import Bench
 from foveate.tasks.perplexity import Perplexity
 
@@ -44,50 +43,7 @@ class DropAttention(Pruner):
     claim: ClassVar[str] = "many attention sublayers can leave with little loss, and the cache shrinks with them"
 
     def score(self, model: PreTrainedModel, calibration: Tensor) -> UnitScores:
-        return UnitScores("attention", attention_change(model, calibration))
-
-
-@torch.no_grad()
-def attention_change(model: PreTrainedModel, calibration: Tensor) -> Tensor:
-    """1 - cosine between each attention sublayer's input and output with residual, float32 (layers, 1).
-
-    NaN where the sublayer is gone, or doesn't run.
-
-    What a sublayer adds to the residual stream is its output, or what a norm right after it makes of it (Gemma 2,
-    OLMo 2): so a norm that is given the very tensor that the attention returned has the last word.
-    """
-    parts = anatomy(model)
-    change = torch.full((len(parts.layers), 1), torch.nan)
-    seen: dict[str, Tensor] = {}
-
-    def at_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["x"] = args[0] if args else kwargs["hidden_states"]
-
-    def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-        seen["out"] = seen["added"] = output[0]
-
-    def after_norm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if args and args[0] is seen.get("out"):
-            seen["added"] = output
-
-    with ExitStack() as hooks:
-        for layer in parts.layers:
-            if isinstance(layer.attention, NoAttention):
-                continue
-
-            def after_layer(module: nn.Module, args: Any, output: Any, index: int = layer.index) -> None:
-                if "added" in seen:  # else the whole layer was skipped
-                    x, y = seen["x"].float(), (seen["x"] + seen["added"]).float()
-                    change[index, 0] = 1 - torch.cosine_similarity(x, y, dim=-1).mean().cpu()
-                seen.clear()
-
-            hooks.callback(layer.module.register_forward_pre_hook(at_layer, with_kwargs=True).remove)
-            hooks.callback(layer.attention.register_forward_hook(after_attention).remove)
-            for norm in layer.norms.values():
-                hooks.callback(norm.register_forward_hook(after_norm).remove)
-            hooks.callback(layer.module.register_forward_hook(after_layer).remove)
-        parts.base(calibration, use_cache=False)
-    return change
+        return UnitScores("attention", sublayer_change(model, calibration)["attention"])
 
 
 @claim("drop-attention")

@@ -107,7 +107,8 @@ def _attention(
     """Transformers' attention interface: (batch, head, query, head_dim) in, (batch, query, head, head_dim) out."""
     steering = _STEERED[module]
     steered = _steered(steering, query, key, value, attention_mask, **kwargs)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # each family has its own
+    home = module if hasattr(module, "eager_attention_forward") else sys.modules[type(module).__module__]
+    eager = getattr(home, "eager_attention_forward", None)  # each family has its own, and converted attention
     inner: Any = ALL_ATTENTION_FUNCTIONS.get_interface(steering.inner, eager)  # type: ignore[arg-type]
     out = inner(module, query, key, value, attention_mask, **kwargs)[0]
     return out.index_copy(2, steering.heads.to(out.device), steered.transpose(1, 2).to(out.dtype)), None

@@ -1,0 +1,120 @@
+"""Where a stopped healing goes on: safetensors for numbers, JSON for the rest, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+from foveate.heal import processes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class State:
+    """Where a run is.
+
+    Attributes:
+        run: what the run is made of; another run's checkpoint is refused.
+        step: steps done.
+        seconds: the time that they took.
+        losses: the loss of each step.
+    """
+
+    run: dict[str, str]
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def save(folder: Path, state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint, and then delete the one before. Every process calls it; the first one writes.
+
+    Args:
+        folder: the run's own; the checkpoint is a folder in it.
+        state: goes into JSON.
+        trained: what is trained, by name.
+        optimizer: Adam's, whose moments are kept.
+    """
+    weights = {name: _plain(p.detach()) for name, p in trained.items()}
+    moments = {
+        f"{kind}.{name}": _plain(optimizer.state[p][kind])
+        for name, p in trained.items()
+        for kind in MOMENTS
+        if p in optimizer.state  # not, before the first step, or without a gradient
+    }
+    if processes.is_main():
+        place, temporary = folder / f"checkpoint-{state.step:08}", folder / f".checkpoint.{os.getpid()}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(weights, temporary / "weights.safetensors")
+            save_file(moments, temporary / "moments.safetensors")
+            (temporary / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+            for written in temporary.iterdir():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(place, ignore_errors=True)
+            temporary.rename(place)
+        except OSError as error:
+            raise FoveateError(f"{folder} can't be written ({error.strerror}): give another folder.") from error
+        for other in _checkpoints(folder)[:-1]:
+            shutil.rmtree(other, ignore_errors=True)
+    processes.wait()
+
+
+def restore(folder: Path, state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    """Set weights and moments to what the latest checkpoint in a folder says; the given state where there is none.
+
+    Raises:
+        FoveateError: the checkpoint is another run's, or can't be read.
+    """
+    if not (there := _checkpoints(folder)):
+        return state
+    place = there[-1]
+    try:
+        found = State(**json.loads((place / "state.json").read_text(encoding="utf-8")))
+        if found.run != state.run:
+            other = ", ".join(
+                f"{k} {found.run.get(k)} instead of {v}" for k, v in state.run.items() if v != found.run.get(k)
+            )
+            raise FoveateError(
+                f"{folder} holds a checkpoint of another run ({other}): give another folder to work in, or delete it."
+            )
+        weights = load_file(place / "weights.safetensors")
+        moments = load_file(place / "moments.safetensors")
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(processes.like(weights[name], p))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FoveateError):
+            raise
+        raise FoveateError(
+            f"the checkpoint {place} can't be read ({error}): delete it, and healing begins anew."
+        ) from error
+    known = {
+        index: {kind: processes.like(moments[f"{kind}.{name}"], p) for kind in MOMENTS}
+        | {"step": torch.tensor(float(found.step))}
+        for index, (name, p) in enumerate(trained.items())
+        if f"{MOMENTS[0]}.{name}" in moments
+    }
+    optimizer.load_state_dict({"state": known, "param_groups": optimizer.state_dict()["param_groups"]})
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    full = processes.whole(tensor).detach()
+    return full.contiguous().cpu() if processes.is_main() else full

@@ -1,0 +1,167 @@
+"""What a model heals on: calibration text, a file of the user's, or texts that the original itself writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from foveate.data.text import load_text
+from foveate.data.text import tokens as tokens_of
+from foveate.errors import FoveateError
+from foveate.heal import processes
+from foveate.heal.base import Job
+from foveate.models.anatomy import anatomy
+
+CACHE_BYTES = 24 * 2**30
+"""Memory that the caches of texts that are sampled together may take on a GPU."""
+
+
+def sequences(job: Job, data: str, count: int, length: int, samples: int, seed: int) -> Tensor:
+    """Healing text in rows of equal length, as many as there are or are asked for.
+
+    Args:
+        job: whose tokenizer, teacher and folder are used.
+        data: `calibration` (the calibration parts of prose, then code), `samples`, or what `load_text` takes: of a
+            file the whole, of a Hub data set the part to calibrate on.
+        count: tokens asked for.
+        length: tokens of a row.
+        samples: tokens sampled at most, with `samples`.
+        seed: of the sampling.
+
+    Returns:
+        Token ids, int64 (rows, length), on the student's device; at least one row.
+
+    Raises:
+        FoveateError: there is no such text, or it is shorter than one row.
+    """
+    limit = anatomy(job.student).max_positions
+    if length > limit:
+        raise FoveateError(f"length={length} is longer than the {limit} positions of this model: give {limit} at most.")
+    if data == "samples":
+        rows = sampled(job, -(-min(count, samples) // length), length, seed)
+    else:
+        ids = _read(job, data, count)
+        rows = ids[: len(ids) // length * length].view(-1, length)
+        if not len(rows):
+            raise FoveateError(
+                f"the healing text {data} has {len(ids)} tokens, and one sequence is to have {length}: give a longer "
+                "text, or a smaller length."
+            )
+        rows = rows[: -(-count // length)]
+    if rows.numel() < count:
+        job.show.say(
+            f"{data} gives {rows.numel():,} tokens of {count:,}: they are read {count / rows.numel():.1f} times"
+        )
+    return rows.to(job.student.device)
+
+
+def _read(job: Job, data: str, count: int) -> Tensor:
+    """Token ids (n,) of a text: the first `count` and some, or all there are."""
+    if data == "calibration":
+        texts = [load_text("prose").calibration, load_text("code").calibration]
+    else:
+        text = load_text(data)
+        judged = data in ("prose", "code") or data.startswith("hub:")
+        texts = [text.calibration if judged else text.calibration + text.evaluation]
+    ids = torch.empty(0, dtype=torch.long)
+    for each in texts:
+        if len(ids) < count:
+            # A token has at least one character: what lies far behind what is asked for isn't read.
+            ids = torch.cat([ids, tokens_of(each[: 16 * count + 4096], job.tokenizer())[0]])
+    return ids
+
+
+def sampled(job: Job, rows: int, length: int, seed: int) -> Tensor:
+    """Texts that the teacher writes, int64 (rows, length), on its device: no data is needed.
+
+    Each starts with the token that begins a text (a random token in models without one), and goes on at temperature 1
+    from the whole distribution; a text that ends before the row does is followed by another. Many rows are sampled
+    together. With a folder each batch is stored in it, and not sampled again.
+    """
+    teacher = job.teacher
+    parts = anatomy(teacher)
+    size = 2 * len(parts.layers) * parts.kv_heads * parts.head_dim * length * next(teacher.parameters()).element_size()
+    together = max(1, min(2048, CACHE_BYTES // size)) if teacher.device.type == "cuda" else 16
+    who = {"teacher": digest(teacher), "length": length, "seed": seed, "together": together}
+    folder = None if job.work is None else job.work / "samples"
+    starts = range(0, rows, together)
+    batches: list[Tensor] = []
+    with torch.inference_mode():
+        for number, start in enumerate(starts):
+            here = min(together, rows - start)
+            owner = number % processes.world()
+            batch = torch.empty(here, length, dtype=torch.long, device=teacher.device)
+            if owner == processes.rank():
+                kept = None if folder is None else _stored(folder / f"{number:05}.safetensors", who, here)
+                if kept is None:
+                    kept = _sample(teacher, here, length, 100_003 * seed + number)
+                    if folder is not None:
+                        _store(folder / f"{number:05}.safetensors", kept, who)
+                batch = kept.to(teacher.device)
+            batches.append(batch)
+            done = (number + 1) / len(starts)
+            job.show.at("sample", done, f"{sum(map(len, batches)) * length:,} tokens")
+    for number, batch in enumerate(batches):
+        processes.from_rank(batch, number % processes.world())
+    return torch.cat(batches).clone()
+
+
+def _sample(teacher: PreTrainedModel, rows: int, length: int, seed: int) -> Tensor:
+    generator = torch.Generator(teacher.device).manual_seed(seed)
+    first = teacher.config.bos_token_id
+    words = anatomy(teacher).vocab
+    ids = torch.empty(rows, length, dtype=torch.long, device=teacher.device)
+    if first is None:
+        ids[:, 0] = torch.randint(words, (rows,), generator=generator, device=teacher.device)
+    else:
+        ids[:, 0] = first
+    cache = DynamicCache(config=teacher.config)
+    for at in range(1, length):
+        logits = teacher(ids[:, at - 1 : at], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        # The largest of logits plus Gumbel noise is a draw from their softmax, and needs no sum over the vocabulary.
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        torch.argmax(logits - noise.log_(), dim=-1, out=ids[:, at])
+    return ids
+
+
+def _store(path: Path, ids: Tensor, who: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"ids": ids.to("cpu", torch.int32)}, temporary, metadata={"of": json.dumps(who)})
+    os.replace(temporary, path)
+
+
+def _stored(path: Path, who: dict[str, object], rows: int) -> Tensor | None:
+    """What was sampled before, or None; an error where it is another run's."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            of, ids = json.loads((file.metadata() or {}).get("of", "{}")), file.get_tensor("ids")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FoveateError(f"{path} can't be read ({error}): delete it, and it is sampled again.") from error
+    if of != who:
+        raise FoveateError(
+            f"{path} holds samples of another run (another model, length or seed): give another folder to work in, or "
+            f"delete {path.parent}."
+        )
+    # Fewer rows can be had of a batch that was larger, but a larger one is another draw.
+    return ids[:rows].long() if len(ids) >= rows else None
+
+
+def digest(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits that change with a model's weights: of names, shapes, dtypes and some numbers of each."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        found.update(flat[:: max(1, len(flat) // 256)].to("cpu", torch.float64).numpy().tobytes())
+    return found.hexdigest()[:16]
