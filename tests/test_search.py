@@ -140,8 +140,8 @@ def test_memory_counts_weights_and_cache():
     cache = 4 * 2 * 2 * 16 * 4 * 100  # layers, keys and values, KV heads, head size, bytes, tokens
     assert goal.amount(model) == weights + cache
     assert goal.amount(model, 0.25) == weights + cache / 4
+    layer = sum(p.nbytes for p in model.model.layers[1].parameters())
     with fv.apply(model, "skip-layers:keep=0.5"):
-        layer = sum(p.nbytes for p in model.model.layers[1].parameters())
         assert goal.amount(model) == weights - 2 * layer + cache / 2
 
 
@@ -235,6 +235,8 @@ def test_a_stopped_search_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     assert len(again) < measured - 5
     again.clear()
     assert search(model, out=tmp_path, **asked).steps == resumed.steps and not again
+    nearer = search(model, out=tmp_path, **{**asked, "params": 0.95})  # another goal, the same measurements
+    assert nearer.steps[0] == resumed.steps[0] and len(again) < 4
 
 
 def test_memory_is_found_in_the_cache_where_the_cache_is_large(tiny):
@@ -282,9 +284,9 @@ def test_bad_input_gets_a_sentence(tiny, asked, said):
 
 
 def test_a_folder_of_another_search_is_refused(tmp_path):
-    Journal(tmp_path / "steps.jsonl", {"goal": "params", "target": 0.8})
-    with pytest.raises(fv.FoveateError, match="holds a search with another target"):
-        Journal(tmp_path / "steps.jsonl", {"goal": "params", "target": 0.7})
+    Journal(tmp_path / "steps.jsonl", {"model": "abc", "dtype": "float32"})
+    with pytest.raises(fv.FoveateError, match="holds a search with another dtype"):
+        Journal(tmp_path / "steps.jsonl", {"model": "abc", "dtype": "bfloat16"})
     (tmp_path / "steps.jsonl").write_text("rubbish\n")
     with pytest.raises(fv.FoveateError, match="is damaged"):
         Journal(tmp_path / "steps.jsonl", {})
