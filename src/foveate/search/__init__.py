@@ -190,7 +190,8 @@ def search(
         memory: bytes of weights and cache, or a size such as "4GiB". One of the three is given.
         axes: what may leave: names in `foveate.search.axes.AXES`; by default those that help the goal.
         out: a folder for `plan.json`, `recipe.txt`, `steps.jsonl`, `result.json` and `report.html`. A search that
-            was stopped goes on where it was, if it is asked for again with the same arguments.
+            was stopped goes on where it was, and one with another goal uses what was measured before, as long as model,
+            dtype and calibration text are the same.
         calibration_tokens: calibration text that each step is measured on.
         evaluation_tokens: evaluation text of the verdict.
         context: tokens that the cache is to hold, for `memory`.
@@ -234,15 +235,12 @@ def search(
     source = load_text(text)
     ids = passages(model, tokenizer, source.calibration, calibration_tokens)
     folder = None if out is None else _folder(Path(out))
-    setting = {
+    # What determines a measurement: a search with another goal goes on from the same ones.
+    setting: dict[str, Any] = {
         "model": fingerprint(model),
-        "goal": name,
-        "target": goals[name],
-        "axes": [axis.name for axis in chosen],
         "text": text_digest(ids),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    setting |= {"phase": phase} if name == "speed" else {"context": context} if name == "memory" else {}
     training = model.training
     model.eval()
     try:
@@ -282,6 +280,7 @@ def search(
                     measured = speeds(bench, plan, state.cache, phase, min(PROMPT, ids.shape[1]), TOKENS)
     finally:
         model.train(training)
+    setting |= {"goal": words, "axes": [axis.name for axis in chosen]}
     setting |= {"calibration tokens": ids.numel(), "evaluation tokens": evaluation_tokens, "text": text}
     result = SearchResult(title, goal, plan, state.cache, recipe, steps, start, rows, measured, folder, setting=setting)
     if folder is not None:
@@ -337,7 +336,7 @@ def _write(folder: Path | None, plan: Plan, cache: str) -> str | None:
 
 def _times(model: PreTrainedModel, ids: Tensor, phase: str, folder: Path | None, shown: _Shown) -> Times:
     """The times of the model's parts: those of the folder, so that a search that goes on has the same ones."""
-    path = folder and folder / "times.json"
+    path = folder and folder / f"times-{phase}.json"
     if path is not None and path.exists():
         try:
             return Times(**json.loads(path.read_text(encoding="utf-8")))

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError
 from foveate.measure.clock import alternated, timed
-from foveate.models.anatomy import Anatomy, LayerParts, anatomy
-from foveate.models.surgery import cut, undone, unit_counts
+from foveate.models.anatomy import anatomy
+from foveate.models.surgery import cut, layer_parameters, undone, unit_counts
 from foveate.tasks.base import decode, read
 
 AXES_OF = {
@@ -49,11 +49,6 @@ class Goal(ABC):
         return amount
 
 
-def running(parts: Anatomy) -> list[LayerParts]:
-    """The layers that run: where a depth method passes one through, it has put a forward on the module itself."""
-    return [layer for layer in parts.layers if "forward" not in vars(layer.module)]
-
-
 @dataclass(frozen=True)
 class Params(Goal):
     """The share of the parameters in the decoder layers that stays.
@@ -77,15 +72,10 @@ class Params(Goal):
                 f"params={target} is outside (0, 1): give the share of the parameters in the layers that is to stay, "
                 "such as 0.8."
             )
-        return cls(target, cls.count(model))
-
-    @staticmethod
-    def count(model: PreTrainedModel) -> int:
-        shared = {id(p): p.numel() for layer in running(anatomy(model)) for p in layer.module.parameters()}
-        return sum(shared.values())
+        return cls(target, layer_parameters(model))
 
     def amount(self, model: PreTrainedModel, share: float = 1.0) -> float:
-        return self.count(model) / self.whole
+        return layer_parameters(model) / self.whole
 
     def words(self, amount: float) -> str:
         return f"{amount:.1%}"
@@ -120,10 +110,9 @@ class Memory(Goal):
         parts = anatomy(model)
         heads = unit_counts(model, "kv_head")
         entry = 2 * parts.head_dim * model.dtype.itemsize
-        runs = running(parts)
-        held = sum(heads[i.index] * min(self.context, (i.sliding_window or self.context + 1) - 1) for i in runs)
-        asleep = {id(p) for i in parts.layers if i not in runs for p in i.module.parameters()}
-        return sum(p.nbytes for p in model.parameters() if id(p) not in asleep) + share * held * entry
+        windows = [min(self.context, (layer.sliding_window or self.context + 1) - 1) for layer in parts.layers]
+        held = sum(count * window for count, window in zip(heads, windows, strict=True))
+        return sum(p.nbytes for p in model.parameters()) + share * held * entry
 
     def words(self, amount: float) -> str:
         return byte_words(amount)
@@ -184,8 +173,7 @@ class Times:
     def of(self, model: PreTrainedModel) -> float:
         """Seconds predicted for a live model as it is now."""
         counts = {kind: unit_counts(model, kind) for kind in ("attention", "kv_head", "mlp", "channel")}
-        runs = [layer.index for layer in running(anatomy(model))]
-        return self.rest + sum(getattr(self, kind) * counts[kind][i] for kind in counts for i in runs)
+        return self.rest + sum(getattr(self, kind) * sum(each) for kind, each in counts.items())
 
 
 PHASES = ("decode", "prefill")

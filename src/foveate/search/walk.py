@@ -14,7 +14,7 @@ from foveate.search.goals import Goal
 from foveate.search.loss import Loss
 from foveate.search.states import Live, State, Step
 
-TRIES = 6
+TRIES = 4
 """Measurements at most, in one round, of steps that were measured on an earlier state."""
 
 
@@ -120,7 +120,7 @@ def walk(
     here, amount = 0.0, goal.amount(live.model)
     start = amount
     known: dict[str, _Known] = {}
-    measured = 0
+    measured, remembered = 0, state
     floor = lowest(live, goal, axes)
     if floor > goal.target:
         raise FoveateError(
@@ -129,12 +129,17 @@ def walk(
         )
 
     def measure(step: Step, missing: int) -> None:
-        nonlocal measured
+        nonlocal measured, remembered
         after = step.after(state)
         live.show(after)
         cost = goal.amount(live.model, cache_share(after.cache))
         value = journal.known.get(after.digest)
         if value is None and cost < amount:
+            if remembered is not state and not after.cache:  # not before it is needed: a walk that goes on is quick
+                live.show(state)
+                loss.remember()
+                remembered = state
+                live.show(after)
             value = loss.of(step.first, after.cache)
             journal.add(step, after, value, cost)
         # What saves nothing is never taken, so its loss need not be known.
@@ -171,8 +176,6 @@ def walk(
         here, amount = found.loss, found.amount
         taken.append(Taken(step.axis, step.name, here, amount, measured))
         live.show(state)
-        if not state.cache:
-            loss.remember()
         progress(taken, measured, 0, -1)
     return state, taken
 
