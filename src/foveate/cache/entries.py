@@ -313,7 +313,7 @@ class PolicyLayer(CacheLayerMixin):
             most = min(most, sliding_window)
         if slots <= min(least, most):
             return
-        limit = limits.of[self.index]
+        limit = limits.of[self.index][:, : positions.shape[1]]  # a thinned model's layer may have fewer KV heads
         score = policy.score(view).float()
         recent = torch.minimum((limit * policy.recent).long(), limit - policy.sinks).clamp(min=1)
         score = score.masked_fill(positions >= view.seen - recent, torch.finfo(torch.float32).max)

@@ -89,11 +89,14 @@ def save(
     weights = _weights(model, how)
     need = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) + _SPARE
     with _in_one_step(folder, need) as part:
+        _complete_config(how)
         # The configuration that is written is the rebuilt model's; a type of our own has no other names for weights.
         with quiet(), told(model, {"config": how.config}):
-            model.save_pretrained(part, state_dict=weights, save_original_format=how.thin is None)
+            PreTrainedModel.save_pretrained(
+                model, part, state_dict=weights, save_original_format=how.thin is None
+            )
             tokenizer.save_pretrained(part)
-        _complete_config(how)  # save_pretrained named the live model's class
+        _complete_config(how)  # save_pretrained has named the live model's class
         (part / "config.json").write_text(how.config.to_json_string(), encoding="utf-8")
         if how.thin is not None:
             write_code(part, how.config, stock_classes(stock_type(how.config))[1])
