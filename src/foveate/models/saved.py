@@ -92,9 +92,7 @@ def save(
         _complete_config(how)
         # The configuration that is written is the rebuilt model's; a type of our own has no other names for weights.
         with quiet(), told(model, {"config": how.config}):
-            PreTrainedModel.save_pretrained(
-                model, part, state_dict=weights, save_original_format=how.thin is None
-            )
+            PreTrainedModel.save_pretrained(model, part, state_dict=weights, save_original_format=how.thin is None)
             tokenizer.save_pretrained(part)
         _complete_config(how)  # save_pretrained has named the live model's class
         (part / "config.json").write_text(how.config.to_json_string(), encoding="utf-8")
