@@ -89,6 +89,7 @@ def save(
     weights = _weights(model, how)
     need = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) + _SPARE
     with _in_one_step(folder, need) as part:
+        _complete_config(how)
         # The configuration that is written is the rebuilt model's; a type of our own has no other names for weights.
         with quiet(), told(model, {"config": how.config}):
             PreTrainedModel.save_pretrained(model, part, state_dict=weights, save_original_format=how.thin is None)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
 from typing import ClassVar
 
-from foveate.methods import Method, Target, method
-from foveate.models.surgery import undone
+from foveate.methods import Change, Target, method
+from foveate.models.surgery import Surgery
 from foveate.plans import Plan
+from foveate.prune.statistics import means_of
 
 
 @method("plan")
-class SavedPlan(Method):
+class SavedPlan(Change):
     """Cut what a saved plan (`Plan.save`) says. It scores nothing, and fits only the model that it was made for.
 
-    Means that a technique found are not saved, so a plan of `flap` is carried out without its compensation.
-
-    Fields: `file`, the path of the plan.
+    Fields:
+        file: the path of the plan.
+        compensate: whether the mean of what leaves, over calibration text, stays as a bias, as in `flap`.
 
     Example:
         >>> import foveate as fv, tempfile, torch
@@ -34,11 +34,12 @@ class SavedPlan(Method):
     claim: ClassVar[str] = "what was planned before, carried out"
 
     file: str
+    compensate: bool = False
 
-    @contextmanager
-    def applied(self, target: Target) -> Iterator[None]:
+    def change(self, target: Target, surgery: Surgery) -> None:
         plan = Plan.load(self.file)
+        if self.compensate:
+            plan.check(target.model)  # before any calibration runs
+            plan = dataclasses.replace(plan, means=means_of(target.model, target.calibration()))
         target.plans.append(plan)
-        with undone(target.model) as surgery:
-            plan.carry_out(target.model, surgery)
-            yield
+        plan.carry_out(target.model, surgery)
