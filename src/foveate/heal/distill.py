@@ -82,7 +82,7 @@ class Distillation(nn.Module):
         self.pairs: list[tuple[int, int]] = []
         self.map: nn.Linear | None = None
         if spec.hidden:
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=rows.device.type == "cuda"):
+            with torch.no_grad(), spec.mixed(rows.device):
                 mine, theirs = (_states(model, rows)[1] for model in self.models)
             self.pairs = matched(mine, theirs)
             if mine[0].shape[-1] != theirs[0].shape[-1]:
