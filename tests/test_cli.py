@@ -99,7 +99,7 @@ def test_a_failed_cell_is_exit_code_1(foveate, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--recipes", "windw:keep=0.2"], "did you mean window?"),
+        (["--recipes", "windw:keep=0.2"], "did you mean window"),
         (["--recipes", "window:kep=0.2"], "did you mean keep?"),
         (["--recipes", "window:keep=0"], "outside (0, 1]"),
         (["--recipes", "window:keep=0.2,entries=3"], "keep"),

@@ -118,7 +118,7 @@ def test_the_claim_that_contributing_shows_is_tried(examples, monkeypatch):
     assert len(finding.checks) == 2 and len(finding.metrics) == 3
 
 
-@pytest.mark.parametrize("role", ["cache", "depth", "prune", "steer"])
+@pytest.mark.parametrize("role", ["cache", "convert", "depth", "prune", "steer"])
 def test_every_technique_stands_on_its_roles_page(role):
     page = (ROOT / "docs" / f"{role}.md").read_text(encoding="utf-8")
     for name, cls in METHODS.all().items():

@@ -133,6 +133,7 @@ def _paths() -> dict[str, str]:
         f"for {', '.join(receiving)} the kernel of received attention, or blockwise attention in plain PyTorch, "
         "because a fused one doesn't tell how much each entry receives",
         "depth": "PyTorch: a skipped layer is not run, the others run as they are",
+        "convert": "PyTorch: modules that stand in for others, made once a recipe, some of them on calibration text",
         "prune": "PyTorch: a removed part is not run; its scores come from calibration text, once a recipe",
         "steer": "blockwise attention in plain PyTorch for the heads that are adjusted; the rest runs as before",
     }
