@@ -72,9 +72,9 @@ class Streams:
     def __init__(self, bench: Bench, task: Perplexity, of: int):
         self.bench, self.task, self.of, self.done = bench, task, of, 0
 
-    def read(self, recipe: str | Method) -> Stream:
-        """The text under a recipe."""
-        bench = replace(self.bench, progress=lambda part: self.bench.progress((self.done + part) / self.of))
+    def read(self, recipe: str | Method, on: Bench | None = None) -> Stream:
+        """The text under a recipe, on another model where a bench with one is given."""
+        bench = replace(on or self.bench, progress=lambda part: self.bench.progress((self.done + part) / self.of))
         blocks = self.task.measure(bench, Recipe.of(recipe)).artifacts["blocks"]
         self.done += 1
         return Stream(blocks["nll"], blocks["tokens"])

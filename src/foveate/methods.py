@@ -7,6 +7,7 @@ objects; the three forms round-trip. `apply` puts a recipe in force on a live mo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import torch
 import yaml
@@ -26,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
-from foveate.models.load import tokenizer_for
-from foveate.models.surgery import Surgery, undone
+from foveate.models.load import known_tokenizer, tokenizer_for
+from foveate.models.surgery import Surgery, settle, undone
 from foveate.specs import Registry, Spec, split_outside, value_text
 
 C = TypeVar("C", bound=type)
@@ -351,6 +352,47 @@ def apply(
         for m in recipe.methods:
             stack.enter_context(m.applied(target))
         yield recipe
+
+
+# ---- for good ---------------------------------------------------------------------------------------------------
+
+
+def check_permanent(recipe: Recipe) -> None:
+    """Raise FoveateError where a method is only in force while it is applied."""
+    passing = [m.name for m in recipe.methods if not isinstance(m, Change)]
+    if passing:
+        raise FoveateError(
+            f"{', '.join(passing)} can't be made permanent: it is in force only while applied, and a saved model would "
+            "not hold it. Leave it out here, and apply it to the smaller model."
+        )
+
+
+def changed(
+    model: PreTrainedModel,
+    recipe: RecipeLike,
+    *,
+    calibration: Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, list[Any]]:
+    """A copy of a model with a recipe's changes made for good, and the plans that its pruners made.
+
+    Args and errors are as of `apply`; a method that is only in force while applied is an error, too.
+
+    Example:
+        >>> import foveate as fv, torch
+        >>> small, plans = changed(fv.tiny("llama"), "skip-layers:keep=0.5")
+        >>> small.config.num_hidden_layers, plans[0].describe()
+        (2, 'layer gone: 1, 2')
+    """
+    recipe = Recipe.of(recipe)
+    check_permanent(recipe)
+    small = copy.deepcopy(model)
+    # The copy was not loaded from anywhere, so that its tokenizer is the original's.
+    target = Target.of(small, calibration=calibration, tokenizer=tokenizer or known_tokenizer(model))
+    for m in recipe.methods:
+        cast(Change, m).change(target, Surgery())
+    settle(small)
+    return small.eval(), target.plans
 
 
 # ---- unit scores: the currency between probes, budgets and pruners ------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -24,10 +23,10 @@ from foveate.heal import heal as recover
 from foveate.measure.bootstrap import Metric, median, perplexity, perplexity_ratio
 from foveate.measure.clock import alternated, timed
 from foveate.measure.shown import Shown
-from foveate.methods import Change, Recipe, RecipeLike, Target
+from foveate.methods import Recipe, RecipeLike, changed, check_permanent
 from foveate.models.load import known_tokenizer, load, model_name
 from foveate.models.saved import Story, card, check_folder, is_plain, save
-from foveate.models.surgery import Surgery, layer_parameters, settle
+from foveate.models.surgery import layer_parameters
 from foveate.models.work import prefill_flops, step_bytes
 from foveate.plans import Plan, Uniform
 from foveate.prune import Pruner
@@ -128,12 +127,7 @@ def permanent(recipe: RecipeLike, regular: bool = False) -> Recipe:
         'flap:keep=0.8,budget=uniform'
     """
     recipe = Recipe.of(recipe)
-    passing = [m.name for m in recipe.methods if not isinstance(m, Change)]
-    if passing:
-        raise FoveateError(
-            f"{', '.join(passing)} can't be made permanent: it is in force only while applied, and a saved model would "
-            "not hold it. Leave it out here, and apply it to the smaller model."
-        )
+    check_permanent(recipe)
     if not regular:
         return recipe
 
@@ -143,24 +137,6 @@ def permanent(recipe: RecipeLike, regular: bool = False) -> Recipe:
         return dataclasses.replace(m, budget=Uniform(floor=m.budget.floor, multiple=m.budget.multiple))
 
     return Recipe(tuple(alike(m) for m in recipe.methods))
-
-
-def changed(
-    model: PreTrainedModel,
-    recipe: RecipeLike,
-    *,
-    calibration: Tensor | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[PreTrainedModel, list[Plan]]:
-    """A copy of a model with a recipe's changes made for good, and what its pruners decided."""
-    small = copy.deepcopy(model)
-    # The copy was not loaded from anywhere, so that its tokenizer is the original's.
-    target = Target.of(small, calibration=calibration, tokenizer=tokenizer or known_tokenizer(model))
-    for m in permanent(recipe).methods:
-        assert isinstance(m, Change)
-        m.change(target, Surgery())
-    settle(small)
-    return small.eval(), target.plans
 
 
 # ---- figures before and after ---------------------------------------------------------------------------------------
