@@ -187,7 +187,7 @@ def figures(
     counts = [WINDOW - 1] * windows
     found[f"perplexity on {text}"] = (perplexity(losses[0], counts), perplexity(losses[1], counts))
     one = Metric.exact(1)
-    found[f"perplexity on {text}, over the original's"] = (one, perplexity_ratio(losses[1], losses[0], counts))
+    found[f"perplexity on {text}, ratio"] = (one, perplexity_ratio(losses[1], losses[0], counts))
     prompt = ids[:1].expand(batch, -1)[:, : WINDOW // 2]
 
     def once(m: PreTrainedModel) -> tuple[float, float]:
@@ -200,11 +200,11 @@ def figures(
     rounds = alternated(sides, repeats, lambda done: progress(0.5 + 0.5 * done))
     for i, name in enumerate(("prefill", "decoding")):
         faster = median([a[i] / b[i] for a, b in zip(*rounds, strict=True)])
-        found[f"{name}, speed over the original's"] = (one, faster)
+        found[f"{name} speed-up"] = (one, faster)
     flops = [prefill_flops(m, prompt.to(m.device)) for m in both]
     moved = [step_bytes(m, prompt.to(m.device)) for m in both]
-    found["prefill, speed predicted by operations"] = (one, Metric.exact(flops[0] / flops[1]))
-    found["decoding, speed predicted by bytes"] = (one, Metric.exact(moved[0] / moved[1]))
+    found["prefill speed-up, predicted by operations"] = (one, Metric.exact(flops[0] / flops[1]))
+    found["decoding speed-up, predicted by bytes"] = (one, Metric.exact(moved[0] / moved[1]))
     return found
 
 
