@@ -7,6 +7,9 @@ import torch
 
 import foveate as fv
 from foveate.heal import HEALS, distill, heal, minilm
+from foveate.heal.base import Job
+from foveate.heal.show import Show
+from foveate.heal.text import sampled, sequences
 from foveate.models.surgery import Surgery, cut
 
 
@@ -145,9 +148,16 @@ def test_bias_brings_every_mean_to_the_originals():
 
 
 def heal_rows(teacher):
-    from foveate.heal.base import Job
-    from foveate.heal.show import Show
-    from foveate.heal.text import sampled
-
     with Show(False) as show:
         return sampled(Job(teacher, teacher, lambda: None, None, 1, show), 32, 32, 0)
+
+
+def test_several_texts_give_as_much_each_as_far_as_they_reach(tmp_path):
+    teacher = fv.tiny("llama", num_hidden_layers=1)
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    (tmp_path / "b.txt").write_text("b" * 100)
+    with Show(False) as show:
+        job = Job(teacher, teacher, fv.tiny_tokenizer, None, 1, show)
+        rows = sequences(job, f"{tmp_path / 'a.txt'}+{tmp_path / 'b.txt'}", 512, 32, 0, 0)
+    assert rows.shape == (11, 32)  # 256 tokens of one, and the 96 that fill rows of the other
+    assert (rows[:8] == ord("a")).all() and (rows[8:] == ord("b")).all()

@@ -30,7 +30,7 @@ def sequences(job: Job, data: str, count: int, length: int, samples: int, seed: 
     Args:
         job: whose tokenizer, teacher and folder are used.
         data: `calibration` (the calibration parts of prose, then code), `samples`, or what `load_text` takes: of a
-            file the whole, of a Hub data set the part to calibrate on.
+            file the whole, of a Hub data set the part to calibrate on. Several, `samples+notes.txt`, share `count`.
         count: tokens asked for.
         length: tokens of a row.
         samples: tokens sampled at most, with `samples`.
@@ -45,6 +45,9 @@ def sequences(job: Job, data: str, count: int, length: int, samples: int, seed: 
     limit = anatomy(job.student).max_positions
     if length > limit:
         raise FoveateError(f"length={length} is longer than the {limit} positions of this model: give {limit} at most.")
+    if "+" in data and not Path(data).exists():
+        parts = data.split("+")
+        return torch.cat([sequences(job, part, -(-count // len(parts)), length, samples, seed) for part in parts])
     if data == "samples":
         rows = sampled(job, -(-min(count, samples) // length), length, seed)
     else:
