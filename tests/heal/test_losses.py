@@ -160,4 +160,5 @@ def test_several_texts_give_as_much_each_as_far_as_they_reach(tmp_path):
         job = Job(teacher, teacher, fv.tiny_tokenizer, None, 1, show)
         rows = sequences(job, f"{tmp_path / 'a.txt'}+{tmp_path / 'b.txt'}", 512, 32, 0, 0)
     assert rows.shape == (11, 32)  # 256 tokens of one, and the 96 that fill rows of the other
-    assert (rows[:8] == ord("a")).all() and (rows[8:] == ord("b")).all()
+    a, b = fv.tiny_tokenizer()("ab").input_ids
+    assert (rows[:8] == a).all() and (rows[8:] == b).all()

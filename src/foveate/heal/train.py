@@ -40,8 +40,8 @@ class Trained(Heal):
     Fields:
         tokens: tokens to learn from, such as 300k or 2M; text is read again where there is less of it.
         seconds: of training at most (sampling comes on top); None: no bound.
-        data: `calibration`, `samples` (texts that the original writes), `prose` or `code` (their calibration parts), the
-            path of a text file, or `hub:NAME`; several joined by `+`, which give as much each, as far as they reach.
+        data: `calibration`, `samples` (texts that the original writes), `prose` or `code` (their calibration parts),
+            the path of a text file, or `hub:NAME`; several joined by `+` give as much each, as far as they reach.
         samples: tokens to sample at most, with data=samples.
         lr: the highest learning rate of AdamW.
         batch: sequences of a step, over all processes.
