@@ -11,6 +11,7 @@ import foveate as fv
 from foveate.convert import Converter
 from foveate.convert.linear import FAMILIES as LINEAR_FAMILIES
 from foveate.convert.rotary import ROTARY_FAMILIES
+from foveate.errors import FoveateError
 from foveate.measure.weights import weight_bytes
 from foveate.methods import METHODS, apply
 from foveate.models.saved import save
@@ -150,3 +151,18 @@ def test_bfloat16(name):
         logits = step_through(model, IDS, [30] + [1] * 10)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cache_policy_works_on_it_or_says_why_not(name):
+    model = tiny("llama")
+    with apply(model, recipe(name, CASES[name].small), calibration=LONG):
+        before = step_through(model, IDS, [40])
+        try:
+            with apply(model, "h2o:entries=16"):
+                out = model(IDS, use_cache=True)
+                model(IDS[:, :1], past_key_values=out.past_key_values)
+                assert max(int(layer.held().max()) for layer in out.past_key_values.layers) == 16
+        except FoveateError as error:
+            assert "not converted so" in str(error)
+        torch.testing.assert_close(step_through(model, IDS, [40]), before)

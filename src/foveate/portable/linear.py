@@ -7,7 +7,7 @@ Sizes in the shapes below: `group` is the query heads of a KV head, `feature` th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,8 @@ class LinearAttention(nn.Module):
         biases: which of "q", "k", "v", "o" have a bias.
         norm_eps: of the norms of queries and keys, where the model has them (Qwen 3).
     """
+
+    plain_entries: ClassVar[bool] = False  # there are no entries that a cache policy could choose from
 
     def __init__(
         self,
