@@ -2,7 +2,7 @@
 
 Run: python benchmarks/thinning.py MODEL RECIPE --heal SPEC --out FOLDER [--packages FILE] [--batches 1,16]
 
-`--packages FILE` first writes the sources of the installed packages into FILE, code and prose of thousands of hands, for
+`--packages FILE` first writes the sources of the installed packages into FILE, the work of thousands of hands, for
 `--heal distill:data=FILE,...`; Python's own library and help, which tasks read, are not among them.
 """
 
