@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
 import foveate as fv
-from foveate.models.surgery import layer_parameters, undone
+from foveate.models.surgery import Surgery, layer_parameters, undone
 from foveate.search import axes as axes_module
 from foveate.search import search
 from foveate.search.axes import AXES, AttentionAxis, CacheAxis, ChannelAxis, KvHeadAxis, LayerAxis
@@ -295,3 +296,24 @@ def test_a_folder_of_another_search_is_refused(tmp_path):
 def test_every_axis_has_words():
     assert all(axis.words and axis.name == name for name, axis in AXES.items())
     assert Params.of(fv.tiny("llama"), 0.5).words(0.5) == "50.0%"
+
+
+@pytest.mark.parametrize("stopped_in", ["cut", "undo"])
+def test_a_change_that_is_stopped_halfway_is_undone(stopped_in, monkeypatch):
+    model = fv.tiny("llama")
+    whole = {name: p.shape for name, p in model.named_parameters()}
+    live = Live(model)
+    live.show(State({(1, "attention"): (), (2, "mlp"): ()}))
+    owner = sys.modules[Live.__module__] if stopped_in == "cut" else Surgery
+    does = getattr(owner, stopped_in)
+
+    def stopped(*args):
+        does(*args)
+        monkeypatch.setattr(owner, stopped_in, does)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, stopped_in, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        live.show(State({(0, "attention"): ()}))
+    live.restore()
+    assert {name: p.shape for name, p in model.named_parameters()} == whole

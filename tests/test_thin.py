@@ -172,15 +172,21 @@ def test_a_stopped_run_goes_on_from_where_healing_was(folder, tmp_path, quick, m
         (["flap:keep=0.8", "--text", "nowhere.txt", "--out", "{out}"], "no text"),
         (["flap:keep=0.01", "--out", "{out}"], "keep"),
         (["plan:file={short}", "--out", "{out}"], "no plan"),
+        (["flap:keep=0.8", "--text", "{short}", "--out", "{out}"], "tokens"),
+        (["flap:keep=0.8", "--heal", "distill:data={long}", "--text", "{long}", "--out", "{out}"], "say nothing"),
     ],
 )
 def test_bad_input_is_a_sentence_and_leaves_nothing(folder, tmp_path, arguments, says, monkeypatch, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("keep me")
     (tmp_path / "short.txt").write_text("Too short.")
-    places = {"taken": tmp_path / "taken", "out": tmp_path / "out", "short": tmp_path / "short.txt"}
+    (tmp_path / "long.txt").write_text("A text that is long enough for this. " * 4000)
+    places = {"long": tmp_path / "long.txt"}
+    places |= {"taken": tmp_path / "taken", "out": tmp_path / "out", "short": tmp_path / "short.txt"}
     given = [argument.format(**places) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["foveate", "thin", folder, *given])
+    if says in ("tokens", "say nothing"):  # told before any work
+        monkeypatch.setattr(MODULE, "thin", lambda *args, **more: pytest.fail("it began"))
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2 and says in " ".join(capsys.readouterr().err.split())

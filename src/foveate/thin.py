@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
-from foveate.heal import HEALS, HealReport, processes
+from foveate.heal import HEALS, Heal, HealReport, processes
 from foveate.heal import heal as recover
 from foveate.measure.bootstrap import Metric, median, perplexity, perplexity_ratio
 from foveate.measure.clock import alternated, timed
@@ -35,6 +35,8 @@ from foveate.version import __version__
 
 WINDOW = 1024
 """Tokens of each window of evaluation text that a thinned model is judged on."""
+WINDOWS = 16
+"""Such windows."""
 
 
 def thin(
@@ -148,7 +150,7 @@ def figures(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text: str = "prose",
-    windows: int = 16,
+    windows: int = WINDOWS,
     batch: int = 1,
     repeats: int = 5,
     progress: Callable[[float], None] = lambda done: None,
@@ -245,10 +247,11 @@ def thin_to(
     """
     out = Path(out).expanduser().absolute()
     check_folder(out)  # what can't be saved in the end is told now
-    load_text(text)
+    judged = load_text(text)
     permanent(recipe, regular)
-    HEALS.parse(heal)
+    _check_unseen(HEALS.parse(heal), text)
     live, tokenizer = load(model, dtype=dtype, device=device)
+    tokens(judged.evaluation, tokenizer, WINDOWS * WINDOW)  # or it says that the text is too short
     work = out.parent / f".{out.name}.heal"
     small = thin(live, recipe, heal=heal, regular=regular, tokenizer=tokenizer, work=work)
     if not processes.is_main():
@@ -261,6 +264,17 @@ def thin_to(
     small.save_pretrained(out)
     shutil.rmtree(work, ignore_errors=True)
     return figures_table(found)
+
+
+def _check_unseen(spec: Heal, text: str) -> None:
+    """Raise where healing would read the very file that the figures are made on: of a file it reads the whole."""
+    for data in str(getattr(spec, "data", "calibration")).split("+"):
+        known = data in ("calibration", "samples", "prose", "code") or data.startswith("hub:")
+        if not known and Path(data).expanduser().resolve() == Path(text).expanduser().resolve():
+            raise FoveateError(
+                f"healing was to read all of {data}, and the figures were to be made on a part of it, so that they "
+                "would say nothing: give another data to heal on, or another text."
+            )
 
 
 def plan_only(

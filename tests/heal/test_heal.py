@@ -223,3 +223,9 @@ def test_quantised_layers_are_refused():
                 module.weight = torch.nn.Parameter(module.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(FoveateError, match="they are quantised"):
         heal(student, teacher, quick("distill"), progress=False)
+
+
+def test_bias_refuses_looped_maps_in_a_sentence():
+    student = fv.thin(fv.tiny("llama"), "recursive:rank=4", calibration=torch.arange(3, 67).unsqueeze(0))
+    with pytest.raises(FoveateError, match="heal with distill or lora"):
+        heal(student, fv.tiny("llama"), "bias:tokens=1k,length=64,data=samples", progress=False)

@@ -121,3 +121,12 @@ def test_fractions_that_are_none_are_said():
 def test_plans_of_files_that_are_not_there():
     with pytest.raises(FoveateError, match="can't be read"), apply(tiny("llama"), "plan:file=/no/plan.json"):
         pass
+
+
+@pytest.mark.parametrize("before", ["low-rank:keep=0.5", "recursive:rank=4"])
+@pytest.mark.parametrize("name", ["flap", "wanda", "magnitude", "minitron"])
+def test_converted_maps_are_refused_in_a_sentence(before, name):
+    text = torch.arange(3, 67).unsqueeze(0)
+    asked = apply(tiny("llama"), f"{before}+{name}:keep=0.8", calibration=text)
+    with pytest.raises(FoveateError, match="before its parts are converted"), asked:
+        pass

@@ -97,11 +97,12 @@ def _place(layer: LayerParts, attention: bool) -> Place:
     if isinstance(module, NoAttention | NoMlp):
         return Place(module, True)
     last = layer.o if attention else layer.down
-    if last is None or not hasattr(last, "bias"):
+    if not (hasattr(last, "bias") and hasattr(last, "weight")):
         raise FoveateError(
             f"bias needs a map at the end of each sublayer that takes a bias, and layer {layer.index} has a "
             f"{type(last if last is not None else module).__name__} there: heal with distill or lora."
         )
+    assert last is not None
     return Place(last, False)
 
 

@@ -144,6 +144,11 @@ class Minitron(Pruner):
                 low, high = (low, middle) if kept(middle, free) > self.keep else (middle, high)
             kind, *free = free
             units = len(anatomy(model).layers) if kind == "layer" else max(unit_counts(model, kind))
+            if not units:
+                raise FoveateError(
+                    f"minitron: this model has no units of the kind {kind} left: prune a model before its parts are "
+                    "converted."
+                )
             count = max(1, round(high * units)) if kind == "layer" else self._rounded(high, units)
             step = 1 if kind == "layer" else self.budget.multiple
             shares[kind] = count / units

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from foveate.errors import FoveateError
 from foveate.methods import UnitScores
 from foveate.models.anatomy import LayerParts, anatomy
 from foveate.models.surgery import Means, has_attention, has_mlp, unit_counts
@@ -96,6 +97,11 @@ def column_norms(module: nn.Module | None) -> Tensor:
 
 def weight_of(module: Any) -> Tensor:
     """A map's weight as (out, in), float64, on the CPU."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise FoveateError(
+            f"a {type(module).__name__} has no weights that could be scored: prune a model before its parts are "
+            "converted."
+        )
     weight: Tensor = module.weight.detach().double().cpu()
     return weight.T if isinstance(module, Conv1D) else weight
 

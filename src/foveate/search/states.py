@@ -106,8 +106,8 @@ class Live:
         self.state = state
         for layer in {layer for layer, _ in changed}:
             if layer in self._surgeries:
-                self._surgeries.pop(layer).undo()
-            surgery = Surgery()
+                self._surgeries[layer].undo()
+            surgery = self._surgeries[layer] = Surgery()  # known before anything is cut, as that may be stopped
             for kind in KINDS:
                 kept = state.keep.get((layer, kind))
                 if kept is None or (kept and state.gone(layer, SUBLAYER[kind])):
@@ -115,11 +115,13 @@ class Live:
                 keep = [torch.arange(count) for count in unit_counts(self.model, kind)]
                 keep[layer] = torch.tensor(kept, dtype=torch.long)
                 cut(self.model, kind, keep, surgery)
-            self._surgeries[layer] = surgery
 
     def _units(self, place: Place) -> tuple[int, ...] | None:
         return self.state.keep.get(place)
 
     def restore(self) -> None:
-        """Bring the original back."""
-        self.show(State())
+        """Bring the original back, whatever state a change was stopped in."""
+        for surgery in self._surgeries.values():
+            surgery.undo()
+        self._surgeries.clear()
+        self.state = State()
