@@ -183,7 +183,9 @@ def test_a_plan_says_what_it_does(capsys):
             "hidden": [torch.arange(48)],
         },
     )
-    assert plan.describe() == "attention gone: 1; layers 0, 1: 100 of 128 channel; 48 of 64 hidden"
+    assert plan.describe() == (
+        "attention gone: 1; layers 0, 1 keep 100 of 128 channels; the residual stream keeps 48 of 64 channels"
+    )
     assert Plan.of(MODEL, {"channel": [torch.arange(128)] * 3}).describe() == "everything stays"
     table = plan.table()
     assert [column.header for column in table.columns] == ["layer", "attention", "channel"] and table.row_count == 3

@@ -157,6 +157,9 @@ def thin(
     from foveate.thin import plan_only, thin_to
 
     console = Console()
+    if plan is not None and out is not None:
+        print("foveate: --plan writes a plan and stops, --out makes the model: give one of them.", file=sys.stderr)
+        raise typer.Exit(2)
     if plan is not None:
         for made in plan_only(model, recipe, plan, regular=regular, dtype=dtype, device=device):
             console.print(made.table())
@@ -165,7 +168,11 @@ def thin(
     if out is None:
         print("foveate: thin needs --out, the folder for the smaller model, or --plan.", file=sys.stderr)
         raise typer.Exit(2)
-    table = thin_to(model, recipe, out, heal=heal, regular=regular, text=text, dtype=dtype, device=device)
+    try:
+        table = thin_to(model, recipe, out, heal=heal, regular=regular, text=text, dtype=dtype, device=device)
+    except KeyboardInterrupt:
+        print("foveate: stopped. The same command goes on from the last checkpoint, if there was one.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if table is not None:  # of several processes, one tells
         console.print(table)
         print(out)

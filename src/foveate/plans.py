@@ -49,7 +49,7 @@ class Plan:
         >>> model = fv.tiny("llama", num_hidden_layers=2)
         >>> plan = Plan.of(model, {"channel": [torch.arange(100), torch.arange(128)]})
         >>> Plan.from_json(plan.to_json()).describe()
-        'layers 0: 100 of 128 channel'
+        'layer 0 keeps 100 of 128 channels'
     """
 
     family: str
@@ -109,13 +109,14 @@ class Plan:
                     lines.append(f"{kind} gone: {gone}")
                 continue
             if kind == "hidden":
-                lines += [f"{kept} of {count} hidden" for _, kept, count in changed]
+                lines += [f"the residual stream keeps {kept} of {count} channels" for _, kept, count in changed]
                 continue
             by_size: dict[tuple[int, int], list[int]] = {}
             for index, kept, count in changed:
                 by_size.setdefault((kept, count), []).append(index)
             lines += [
-                f"layers {', '.join(map(str, indices))}: {kept} of {count} {kind}"
+                f"{'layer' if len(indices) == 1 else 'layers'} {', '.join(map(str, indices))} "
+                f"{'keeps' if len(indices) == 1 else 'keep'} {kept} of {count} {kind}s"
                 for (kept, count), indices in by_size.items()
             ]
         return "; ".join(lines) or "everything stays"
@@ -130,8 +131,11 @@ class Plan:
         for index in range(layers):
             cells = [f"{len(self.keep[kind][index])} of {self.counts[kind][index]}" for kind in kinds]
             table.add_row(str(index), *cells)
+        table.caption = "what stays"
         if "hidden" in self.keep:
-            table.caption = f"residual stream: {len(self.keep['hidden'][0])} of {self.counts['hidden'][0]} channels"
+            table.caption += (
+                f"; of the residual stream {len(self.keep['hidden'][0])} of {self.counts['hidden'][0]} channels"
+            )
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -422,7 +426,7 @@ def plan_for(
         >>> model = fv.tiny("llama")
         >>> scores = UnitScores("channel", torch.rand(4, 128))
         >>> plan_for(model, scores, 0.9, Uniform()).describe()
-        'layers 0, 1, 2, 3: 109 of 128 channel'
+        'layers 0, 1, 2, 3 keep 109 of 128 channels'
     """
     scores = [scores] if isinstance(scores, UnitScores) else list(scores)
     for score in scores:

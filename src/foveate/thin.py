@@ -75,13 +75,13 @@ def thin(
         >>> sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
         True
     """
-    recipe = permanent(recipe, regular)
+    asked, recipe = Recipe.of(recipe), permanent(recipe, regular)
     spec = HEALS.parse(heal)  # a mistake there is told before any work
     small, plans = changed(model, recipe, calibration=calibration, tokenizer=tokenizer)
     if regular and not is_plain(small):
         raise FoveateError(
-            f"{recipe} leaves layers of different shapes, and a regular shape was asked for: leave that out, or cut "
-            "whole layers, channels, heads or the residual stream."
+            f"{asked} leaves layers of different shapes, and a regular shape was asked for: leave out --regular "
+            "(regular=True), or cut whole layers, channels, heads or the residual stream."
         )
     report = recover(small, model, spec, tokenizer=tokenizer, work=work)
     story = Story(
@@ -100,7 +100,8 @@ def thin(
 def _text_used(calibration: Tensor | None, report: HealReport) -> dict[str, str]:
     said = "prose" if calibration is None else f"{calibration.shape[1]:,} tokens that were given"
     used = {"scores": f"{said}, its calibration part" if calibration is None else said}
-    return used | ({"healing": report.spec} if report.tokens else {})
+    data = getattr(HEALS.parse(report.spec), "data", "")
+    return used | ({"healing": f"{data}, {report.tokens:,} tokens in all"} if report.tokens else {})
 
 
 def _saving(small: PreTrainedModel, story: Story, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
@@ -178,6 +179,8 @@ def figures(
 
     exact("parameters", lambda m: sum(p.numel() for p in m.parameters()))
     exact("parameters in the layers", layer_parameters)
+    share = layer_parameters(small) / max(1, layer_parameters(model))
+    found["parameters in the layers, ratio"] = (Metric.exact(1), Metric.exact(share))
     exact("bytes of weights", lambda m: sum(t.nbytes for t in (*m.parameters(), *m.buffers())))
     ids = tokens(load_text(text).evaluation, tokenizer, windows * WINDOW).view(windows, WINDOW)
     losses: list[list[float]] = [[], []]

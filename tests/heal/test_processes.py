@@ -73,7 +73,7 @@ def test_two_processes_heal_as_one(two, name):
         assert torch.equal(first[key], second[key])
         moved = max(moved, float((p - before[key]).abs().max()))
     assert moved > 2e-3  # far beyond the tolerance
-    assert told.count("heal: heal 100%, 2,048 tokens") == len(RUNS)  # one process tells
+    assert told.count("heal: train 100%, 2,048 tokens") == len(RUNS)  # one process tells
     assert len(list((folder / name).glob("checkpoint-*"))) == 1
 
 

@@ -31,7 +31,7 @@ class Show:
             transient=True,
             disable=not (progress is True and self._console.is_terminal),
         )
-        self._row = self._bar.add_task("heal", total=1.0, note="")
+        self._row = self._bar.add_task("train", total=1.0, note="")
         self._last = -LINE_EVERY
 
     def __enter__(self) -> Show:

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import itertools
 import math
+import signal
+import threading
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -179,8 +181,13 @@ class Trained(Heal):
                 done = max(done, _agreed((before + time.monotonic() - start) / self.seconds, device))
             return done
 
-        with _compiled(objective, self.compile and device.type == "cuda"):
+        with _compiled(objective, self.compile and device.type == "cuda"), _interrupts(job) as stop:
             while (done := part()) < 1:
+                if stop.is_set():
+                    look()
+                    checkpoint.save(job.work, state, trained, optimizer)  # type: ignore[arg-type]
+                    job.show.say(f"stopped at step {state.step:,}: the same call goes on from there")
+                    raise KeyboardInterrupt
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * rate(done, self.warmup, self.schedule)
                 total = torch.zeros((), device=device)
@@ -203,7 +210,7 @@ class Trained(Heal):
                     speed = (state.step - first) * self.batch * self.length / (now - start)
                     left = (now - start) * (1 - done) / max(1e-9, done - first / steps)
                     figures = f"loss {state.losses[-1]:.4f}, {speed:,.0f} tokens/s, {duration(max(0, left))} left"
-                    job.show.at("heal", min(1.0, done), figures)
+                    job.show.at("train", min(1.0, done), figures)
                     if job.work is not None and _agreed(now - saved, device) >= job.every:
                         checkpoint.save(job.work, state, trained, optimizer)
                         saved, saved_step = time.monotonic(), state.step
@@ -213,8 +220,28 @@ class Trained(Heal):
         if processes.world() > 1:
             _gather(objective)
         seen = self.batch * self.length
-        job.show.at("heal", 1.0, f"{state.step * seen:,} tokens, {duration(state.seconds)}")
+        job.show.at("train", 1.0, f"{state.step * seen:,} tokens, {duration(state.seconds)}")
         return HealReport(str(self), state.step * seen, state.seconds, _curve(state.losses, seen))
+
+
+@contextmanager
+def _interrupts(job: Job) -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that the step is finished and a checkpoint written; a second one stops at once."""
+    stop = threading.Event()
+
+    def asked(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if job.work is None or processes.world() > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, asked)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def rate(done: float, warmup: float, schedule: str) -> float:

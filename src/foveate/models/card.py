@@ -72,7 +72,7 @@ def card(story: Story) -> str:
         f"Made from {_text(story.base_model)} by the recipe {_code(story.recipe)}, with "
         "[foveate](https://pypi.org/project/foveate/).",
         _how_to_open(story),
-        _list("What left", [_text(plan) for plan in story.plans]),
+        _list("What was cut", [_text(plan) for plan in story.plans]),
         _list("Text that was read", [f"{_text(use)}: {_text(text)}" for use, text in story.text.items()]),
         _list("Healing", [f"{_text(name)}: {_text(value)}" for name, value in story.heal.items()]),
         _figures(story),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -109,7 +110,7 @@ class SearchResult:
 
     def table(self) -> Table:
         """The verdict on evaluation text, for `rich.print`."""
-        table = Table("recipe", self.goal.axis, "perplexity", "over the search's")
+        table = Table("recipe", self.goal.axis, "perplexity", "over the search's", box=SIMPLE_HEAD)
         rows = [row for row in self.judged if row.recipe in ("full", "search")] + self.singles
         for row in rows:
             figure, ratio = row.perplexity, self.over(row)
