@@ -245,3 +245,18 @@ def test_files_that_hold_no_plan(tmp_path):
     with pytest.raises(FoveateError, match="can't be written"):
         Plan.of(MODEL, {"channel": [torch.arange(128)] * 3}).save(tmp_path / "no" / "plan.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["list.json", "text.json"]
+
+
+def test_a_multiple_does_not_hide_that_too_little_leaves():
+    both = [scores("kv_head", 0), scores("channel", 1)]
+    with pytest.raises(FoveateError, match="only"):
+        plan_for(MODEL, both, 0.2, Uniform(floor=0.6, multiple=32))
+    for budget in (Global(multiple=32), Uniform(multiple=32), PerKind(multiple=32)):  # 2 KV heads are no 32
+        plan = plan_for(MODEL, both, 0.4, budget)
+        assert sum(len(kept) for kept in plan.keep["kv_head"]) < 6
+
+
+@pytest.mark.parametrize("budget", SPREADS)
+def test_a_multiple_does_not_go_below_the_floor(budget):
+    plan = plan_for(MODEL, scores("channel", 0), 0.75, budget(floor=0.6, multiple=32))
+    assert min(len(kept) for kept in plan.keep["channel"]) >= 77

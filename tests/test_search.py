@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import foveate as fv
+from foveate.errors import FoveateError
 from foveate.models.surgery import Surgery, layer_parameters, undone
 from foveate.search import axes as axes_module
 from foveate.search import search
@@ -251,8 +252,12 @@ def test_memory_is_found_in_the_cache_where_the_cache_is_large(tiny):
     assert any(row.recipe == "search" and row.perplexity for row in found.judged)
 
 
-def test_a_speed_goal_is_reached_by_prediction_and_measured(tiny, tmp_path):
+def test_a_speed_goal_is_reached_by_prediction_and_measured(tiny, tmp_path, monkeypatch):
     model, tokenizer = tiny
+    # What a busy machine would measure of so small a model is anything.
+    monkeypatch.setattr(
+        sys.modules["foveate.search"], "measure_times", lambda *given, **more: Times(1e-3, 1e-3, 1e-4, 1e-3, 1e-6)
+    )
     found = search(model, speed=1.1, tokenizer=tokenizer, out=tmp_path, axes=["attention", "mlp"], **TINY)
     assert found.amount <= 1 / 1.1 and found.measured["low"] <= found.measured["high"]
     assert "measured" in found.summary().lower()
@@ -317,3 +322,13 @@ def test_a_change_that_is_stopped_halfway_is_undone(stopped_in, monkeypatch):
         live.show(State({(0, "attention"): ()}))
     live.restore()
     assert {name: p.shape for name, p in model.named_parameters()} == whole
+
+
+def test_what_a_converted_sublayer_costs_is_not_taken_for_nothing():
+    model = fv.tiny("llama")
+    times = Times(1.0, 1.0, 1.0, 1.0, 1.0)
+    asked = [lambda: Memory.of(model, "1MiB", 2048).amount(model), lambda: times.of(model)]
+    for amount, recipe in [(asked[0], "latent"), (asked[1], "latent"), (asked[1], "low-rank:keep=0.5,aware=false")]:
+        amount()
+        with fv.apply(model, recipe), pytest.raises(FoveateError, match="converted"):
+            amount()

@@ -200,5 +200,12 @@ def test_two_processes_make_one_folder(folder, tmp_path):
         [*command, folder, "flap:keep=0.8", "--heal", HEAL, "--out", str(out)], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("parameters in the layers") == 1
+    assert run.stdout.count("parameters in the layers, ratio") == 1
     assert json.loads((out / "foveate.json").read_text())["heal"]["tokens"] == 2048
+
+
+def test_healing_keeps_a_regular_shape_or_is_refused():
+    healing = {"heal": "bias:tokens=1k,length=64,data=samples", "tokenizer": tiny_tokenizer()}
+    with pytest.raises(FoveateError, match="regular shape"):  # Qwen 2 has no such biases
+        fv.thin(tiny("qwen2"), "magnitude:keep=0.8", regular=True, **healing)
+    assert is_plain(fv.thin(tiny("llama"), "magnitude:keep=0.8", regular=True, **healing))

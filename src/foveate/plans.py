@@ -305,17 +305,20 @@ def _lowest_of(
     return kept, float(price[gone].sum())
 
 
-def _rounded(stays: Tensor, score: UnitScores, multiple: int) -> Tensor:
-    """Each layer's number of units that stay, rounded to the nearest multiple where it has as many."""
+def _rounded(stays: Tensor, score: UnitScores, multiple: int, least: Callable[[int], int]) -> Tensor:
+    """Each layer's number of units that stay, rounded to the nearest multiple where it has as many.
+
+    Never below the floor, `least`.
+    """
     if multiple == 1 or score.kind in WHOLE:
         return stays
     stays = stays.clone()
     values = score.scores.nan_to_num(nan=-torch.inf)
     for row, value, there in zip(stays, values, ~score.scores.isnan(), strict=True):
-        count = int(row.sum())
-        if count and count < int(there.sum()):
-            wanted = max(multiple, round(count / multiple) * multiple)
-            best = value.topk(min(wanted, int(there.sum()))).indices
+        count, units = int(row.sum()), int(there.sum())
+        if count and count < units and multiple <= units:
+            lowest = math.ceil(least(units) / multiple) * multiple
+            best = value.topk(min(max(lowest, round(count / multiple) * multiple), units)).indices
             row[:] = False
             row[best] = True
     return stays
@@ -330,7 +333,7 @@ class Global(Spread):
 
     def spend(self, scores: Sequence[UnitScores], costs: Sequence[Tensor], cost: float) -> list[Tensor]:
         stays, _ = _lowest_of(scores, costs, cost, self.least)
-        return [_rounded(kept, score, self.multiple) for kept, score in zip(stays, scores, strict=True)]
+        return [_rounded(kept, score, self.multiple, self.least) for kept, score in zip(stays, scores, strict=True)]
 
 
 @spread("per-kind")
@@ -343,7 +346,7 @@ class PerKind(Spread):
             costs,
             cost,
             lambda score, price, share: _rounded(
-                _lowest(score, price, share * _total(score, price), self.least)[0], score, self.multiple
+                _lowest(score, price, share * _total(score, price), self.least)[0], score, self.multiple, self.least
             ),
         )
 
@@ -366,7 +369,7 @@ class Uniform(Spread):
                 if count:
                     kept = max(self.least(count), round((1 - share) * count))
                     row[value.nan_to_num(nan=-torch.inf).topk(kept).indices] = True
-            return _rounded(stays, score, self.multiple)
+            return _rounded(stays, score, self.multiple, self.least)
 
         return _dearest_first(scores, costs, cost, same)
 
@@ -444,7 +447,10 @@ def plan_for(
     gone = [~kept & ~score.scores.isnan() for kept, score in zip(stays, scores, strict=True)]
     spent = sum(float((price * mask).sum()) for price, mask in zip(costs, gone, strict=True))
     # A unit can be too much by half, and so can what every layer is rounded by.
-    slack = sum(float(price.max()) + float(price.sum()) * budget.multiple / 2 for price in costs)
+    # (a layer with fewer units than the multiple is not rounded by it).
+    widths = [int((~score.scores.isnan()).sum(dim=1).max()) for score in scores]
+    steps = [budget.multiple if width >= budget.multiple else 1 for width in widths]
+    slack = sum(float(price.max()) + float(price.sum()) * step / 2 for price, step in zip(costs, steps, strict=True))
     if spent < 0.98 * cost - slack:
         raise FoveateError(
             f"{who}: keep={keep} asks that {cost:.3g} {by} leave, and only {spent:.3g} can: keep more, lower the "

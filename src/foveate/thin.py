@@ -24,6 +24,7 @@ from foveate.measure.bootstrap import Metric, median, perplexity, perplexity_rat
 from foveate.measure.clock import alternated, timed
 from foveate.measure.shown import Shown
 from foveate.methods import Recipe, RecipeLike, changed, check_permanent
+from foveate.models.anatomy import anatomy
 from foveate.models.load import known_tokenizer, load, model_name
 from foveate.models.saved import Story, card, check_folder, is_plain, save
 from foveate.models.surgery import layer_parameters
@@ -84,6 +85,11 @@ def thin(
             "(regular=True), or cut whole layers, channels, heads or the residual stream."
         )
     report = recover(small, model, spec, tokenizer=tokenizer, work=work)
+    if regular and not is_plain(small):  # biases that this architecture doesn't have, say
+        raise FoveateError(
+            f"healing by {spec} gives the model parts that its plain architecture lacks, and a regular shape was asked "
+            "for: heal with distill or lora."
+        )
     story = Story(
         name=f"{model_name(model)}, thinned",
         base_model=model_name(model),
@@ -99,7 +105,7 @@ def thin(
 
 def _text_used(calibration: Tensor | None, report: HealReport) -> dict[str, str]:
     said = "prose" if calibration is None else f"{calibration.shape[1]:,} tokens that were given"
-    used = {"scores": f"{said}, its calibration part" if calibration is None else said}
+    used = {"scores, where methods make any": f"{said}, its calibration part" if calibration is None else said}
     data = getattr(HEALS.parse(report.spec), "data", "")
     return used | ({"healing": f"{data}, {report.tokens:,} tokens in all"} if report.tokens else {})
 
@@ -158,9 +164,9 @@ def figures(
 ) -> dict[str, tuple[Metric, Metric]]:
     """What a smaller model is, and what that cost: name -> (before, after).
 
-    Perplexity is over windows of 1,024 tokens of evaluation text, with an interval of the ratio, paired window by
-    window. Speed is timed in alternation with the original. The predicted speed-up is that of floating point
-    operations for a prefill, of bytes read for a decoding step.
+    Perplexity is over windows of 1,024 tokens of evaluation text (or of as many positions as the model has), with an
+    interval of the ratio, paired window by window. Speed is timed in alternation with the original. The predicted
+    speed-up is that of floating point operations for a prefill, of bytes read for a decoding step.
 
     Args:
         small, model: the smaller model and the original.
@@ -182,18 +188,19 @@ def figures(
     share = layer_parameters(small) / max(1, layer_parameters(model))
     found["parameters in the layers, ratio"] = (Metric.exact(1), Metric.exact(share))
     exact("bytes of weights", lambda m: sum(t.nbytes for t in (*m.parameters(), *m.buffers())))
-    ids = tokens(load_text(text).evaluation, tokenizer, windows * WINDOW).view(windows, WINDOW)
+    size = min(WINDOW, anatomy(model).max_positions)
+    ids = tokens(load_text(text).evaluation, tokenizer, windows * size).view(windows, size)
     losses: list[list[float]] = [[], []]
     for i, window in enumerate(ids):
         for side, m in enumerate(both):
             logits, _ = read(m, window[None].to(m.device))
             losses[side].append(float(surprisal(logits[:, :-1], window[None, 1:].to(m.device)).double().sum()))
         progress(0.5 * (i + 1) / windows)
-    counts = [WINDOW - 1] * windows
+    counts = [size - 1] * windows
     found[f"perplexity on {text}"] = (perplexity(losses[0], counts), perplexity(losses[1], counts))
     one = Metric.exact(1)
     found[f"perplexity on {text}, ratio"] = (one, perplexity_ratio(losses[1], losses[0], counts))
-    prompt = ids[:1].expand(batch, -1)[:, : WINDOW // 2]
+    prompt = ids[:1].expand(batch, -1)[:, : size // 2]
 
     def once(m: PreTrainedModel) -> tuple[float, float]:
         there = prompt.to(m.device)

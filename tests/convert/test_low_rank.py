@@ -137,3 +137,10 @@ def test_converted_maps_are_not_cut_silently(kind):
             cut(model, "mlp", [torch.arange(int(i != 1)) for i in range(4)], surgery)
             assert torch.isfinite(model(IDS).logits).all()
     assert torch.equal(model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("budget", ["uniform(floor=0.5)", "global(floor=0.5)"])
+def test_a_keep_that_a_budget_can_not_reach_is_said(budget):
+    asked = fv.apply(fv.tiny("llama"), f"low-rank:keep=0.1,aware=false,budget={budget}")
+    with pytest.raises(FoveateError, match="was asked for"), asked:
+        pass

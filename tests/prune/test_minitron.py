@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import foveate as fv
 from foveate.errors import FoveateError
 from foveate.methods import Recipe, apply
 from foveate.models.anatomy import anatomy
@@ -74,3 +75,10 @@ def test_what_cannot_be_met_is_said():
     heads = apply(MODEL, "minitron:keep=0.5,axes=heads", calibration=IDS)
     with pytest.raises(FoveateError, match="can't be met by the axes heads, which come to 0.83 at best"), heads:
         pass
+
+
+def test_a_keep_that_one_axis_can_not_reach_is_said():
+    for recipe in ("minitron:keep=0.7,axes=heads", "low-rank:keep=0.5,aware=false+minitron:keep=0.8"):
+        asked = fv.apply(fv.tiny("llama"), recipe, calibration=torch.arange(3, 67).unsqueeze(0))
+        with pytest.raises(FoveateError, match="axes"), asked:
+            pass

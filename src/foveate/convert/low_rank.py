@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from foveate.claims import Claim, Finding, Streams, claim
 from foveate.convert.base import Converter
 from foveate.convert.maps import LinearMap, check_which, like, linear_maps
+from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
 from foveate.methods import Paper, Target, UnitScores, apply, check_fraction, method
 from foveate.models.anatomy import anatomy
@@ -150,7 +151,18 @@ def ranks_for(maps: Sequence[LinearMap], energies: Sequence[Tensor], keep: float
     whole = sum(each.weight.numel() for each in maps)
     units = sum(float((cost * ~score.scores.isnan()).sum()) for score, cost in zip(scores, costs, strict=True))
     stays = dict(zip(roles, budget.spend(scores, costs, units - keep * whole), strict=True))
-    return [int(stays[each.role][each.layer].sum()) for each in maps]
+    ranks = [int(stays[each.role][each.layer].sum()) for each in maps]
+    kept = sum(
+        each.weight.numel() if rank >= paying(each.weight) else rank * sum(each.weight.shape)
+        for each, rank in zip(maps, ranks, strict=True)
+    )
+    step = sum(sum(each.weight.shape) for each in maps) * max(2, budget.multiple) / 2  # a rank each, or half a multiple
+    if kept > keep * whole + 0.02 * whole + step:
+        raise FoveateError(
+            f"low-rank: keep={keep} was asked for, and with this budget {kept / whole:.2f} of the parameters stay: "
+            "keep more, or lower the budget's floor or multiple."
+        )
+    return ranks
 
 
 @torch.no_grad()

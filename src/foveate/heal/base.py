@@ -152,7 +152,7 @@ def heal(
     for model in (student, teacher):
         if model.device != device:
             model.to(device)  # type: ignore[arg-type]
-    modes = student.training, teacher.training
+    mode = teacher.training
     with Show(progress if processes.is_main() or callable(progress) else False) as show:
         job = Job(
             student.eval(),
@@ -165,7 +165,7 @@ def heal(
         try:
             return spec.run(job)
         finally:
-            teacher.train(modes[1])
+            teacher.train(mode)
 
 
 def number(text: int | str, what: str) -> int:

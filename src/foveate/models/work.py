@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -34,7 +34,8 @@ def prefill_flops(model: PreTrainedModel, ids: Tensor) -> int:
 def step_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     """Bytes that decoding one more token after ids (batch, length) reads: the weights, and the cache.
 
-    Of an embedding that is not the head's, one row a sequence is next to nothing, and doesn't count.
+    Of an embedding that is not the head's, one row a sequence is next to nothing, and doesn't count. Weights that
+    several depths share are read by each, and count so often.
 
     Example:
         >>> import torch
@@ -43,12 +44,22 @@ def step_bytes(model: PreTrainedModel, ids: Tensor) -> int:
         >>> step_bytes(model, torch.ones(1, 8, dtype=torch.long)) < sum(p.nbytes for p in model.parameters())
         True
     """
-    weights = {id(p): p.nbytes for p in model.parameters()} | {id(b): b.nbytes for b in model.buffers()}
     parts = anatomy(model)
-    table, head = ([*m.parameters(), *m.buffers()] for m in (parts.embedding, parts.head))
-    if head:  # one without weights of its own reads the embedding's
-        for tensor in table:
-            if not any(tensor is other for other in head):
-                weights.pop(id(tensor), None)
+    seen: list[int] = []
+
+    def note(module: nn.Module, *given: object) -> None:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if module is parts.head and not own:  # it reads the embedding's table
+            own = [*parts.embedding.parameters(), *parts.embedding.buffers()]
+        if module is not parts.embedding:
+            seen.append(sum(tensor.nbytes for tensor in own))
+
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    return sum(weights.values()) + cache_bytes(cache)
+    held = cache_bytes(cache)
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(seen) + held

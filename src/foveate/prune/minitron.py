@@ -146,8 +146,8 @@ class Minitron(Pruner):
             units = len(anatomy(model).layers) if kind == "layer" else max(unit_counts(model, kind))
             if not units:
                 raise FoveateError(
-                    f"minitron: this model has no units of the kind {kind} left: prune a model before its parts are "
-                    "converted."
+                    f"minitron: this model has no units of the kind {kind} that could be cut: name other axes, or "
+                    "prune a model before its parts are converted."
                 )
             count = max(1, round(high * units)) if kind == "layer" else self._rounded(high, units)
             step = 1 if kind == "layer" else self.budget.multiple
@@ -155,7 +155,10 @@ class Minitron(Pruner):
             if free and kept(1.0, free) < self.keep:  # the finer can take away, but not give back
                 shares[kind] = min(1.0, (count + step) / units)
         reached = kept(1.0, [])
-        if abs(reached - self.keep) > 0.02 + step / units / 2:
+        part, shares[kind] = shares[kind], min(1.0, shares[kind] + step / units)
+        slack = abs(kept(1.0, []) - reached) / 2 + 1e-9  # half a step of the finest axis, in parameters
+        shares[kind] = part
+        if abs(reached - self.keep) > 0.02 + slack:
             raise FoveateError(
                 f"minitron: keep={self.keep} can't be met by the axes {self.axes}, which come to {reached:.2f} at "
                 "best: keep more, or name more axes."

@@ -108,7 +108,7 @@ class Memory(Goal):
 
     def amount(self, model: PreTrainedModel, share: float = 1.0) -> float:
         parts = anatomy(model)
-        heads = unit_counts(model, "kv_head")
+        heads = _counted(model, "kv_head", "attention")
         entry = 2 * parts.head_dim * model.dtype.itemsize
         windows = [min(self.context, (layer.sliding_window or self.context + 1) - 1) for layer in parts.layers]
         held = sum(count * window for count, window in zip(heads, windows, strict=True))
@@ -119,6 +119,18 @@ class Memory(Goal):
 
     def drawn(self, amount: float) -> float:
         return amount / 2**20
+
+
+def _counted(model: PreTrainedModel, kind: str, sublayer: str) -> list[int]:
+    """Units of each layer; an error where a sublayer runs that has none to count: what it costs isn't known then."""
+    units = unit_counts(model, kind)
+    for layer, (there, count) in enumerate(zip(unit_counts(model, sublayer), units, strict=True)):
+        if there and not count:
+            raise FoveateError(
+                f"the {sublayer} of layer {layer} was converted, and what it costs can't be told from its units: give "
+                "the goal params, or leave the conversion out."
+            )
+    return units
 
 
 UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -172,7 +184,8 @@ class Times:
 
     def of(self, model: PreTrainedModel) -> float:
         """Seconds predicted for a live model as it is now."""
-        counts = {kind: unit_counts(model, kind) for kind in ("attention", "kv_head", "mlp", "channel")}
+        counts = {kind: unit_counts(model, kind) for kind in ("attention", "mlp")}
+        counts |= {kind: _counted(model, kind, of) for kind, of in (("kv_head", "attention"), ("channel", "mlp"))}
         return self.rest + sum(getattr(self, kind) * sum(each) for kind, each in counts.items())
 
 
