@@ -145,7 +145,8 @@ def thin(
         bool, typer.Option("--regular", help="Only shapes that a plain architecture has: all layers alike.")
     ] = False,
     plan: Annotated[
-        Path | None, typer.Option(help="Print the plan, write it here, and stop: `plan:file=...` carries it out.")
+        Path | None,
+        typer.Option(help="Print the plan, write it here, stop; the method `plan` carries it out."),
     ] = None,
     text: Annotated[str, typer.Option(help="What it is judged on: `prose`, `code`, a file, `hub:NAME`.")] = "prose",
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",

@@ -6,6 +6,7 @@ printed, saved, and carried out later on the model that it was made for.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -59,6 +60,8 @@ class Plan:
     made_by: str = ""
     means: Means | None = field(default=None, repr=False, compare=False)
     """What the units that leave gave on average, where it is to be kept as a constant. Not saved."""
+    scores: tuple[UnitScores, ...] = field(default=(), repr=False, compare=False)
+    """What it was made from, for the card of a thinned model. Not saved."""
 
     def __post_init__(self) -> None:
         if "head" in self.keep and "kv_head" in self.keep:
@@ -464,4 +467,4 @@ def plan_for(
         kept = kept | score.scores.isnan()  # what was not scored (a layer that is skipped) stays, where it is there
         counts = unit_counts(model, score.kind)
         keeps[score.kind] = [row[:count].nonzero().flatten() for row, count in zip(kept, counts, strict=True)]
-    return Plan.of(model, keeps, made_by=who)
+    return dataclasses.replace(Plan.of(model, keeps, made_by=who), scores=tuple(scores))

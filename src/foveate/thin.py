@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from foveate.heal import heal as recover
 from foveate.measure.bootstrap import Metric, median, perplexity, perplexity_ratio
 from foveate.measure.clock import alternated, timed
 from foveate.measure.shown import Shown
-from foveate.methods import Recipe, RecipeLike, changed, check_permanent
+from foveate.methods import Recipe, RecipeLike, UnitScores, changed, check_permanent
 from foveate.models.anatomy import anatomy
 from foveate.models.load import known_tokenizer, load, model_name
 from foveate.models.saved import Story, card, check_folder, is_plain, save
@@ -96,11 +97,17 @@ def thin(
         recipe=recipe.to_text(),
         shape="plain" if is_plain(small) else "irregular",
         plans=[plan.describe() for plan in plans],
+        scores=[(score.kind, _layer_means(score)) for plan in plans for score in plan.scores],
         text=_text_used(calibration, report),
         heal={"how": report.spec, "tokens": report.tokens, "seconds": round(report.seconds)} if report.tokens else {},
         versions={"foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
     return _saving(small, story, tokenizer or known_tokenizer(model))
+
+
+def _layer_means(score: UnitScores) -> list[float | None]:
+    """The mean score of each layer's units; None where it has none that were scored."""
+    return [None if math.isnan(mean) else mean for mean in score.scores.float().nanmean(dim=1).tolist()]
 
 
 def _text_used(calibration: Tensor | None, report: HealReport) -> dict[str, str]:

@@ -26,6 +26,7 @@ class Story:
         recipe: what was done to it, as text.
         shape: "plain" or "irregular", as `save` returns it.
         plans: for each plan that was carried out, what it says in a few words (`Plan.describe`).
+        scores: (kind of unit, mean score of each layer's units, None where it has none), as pruners found them, one after the other.
         text: what was read on the way, use -> text, such as "calibration" -> "prose, 2,048 tokens".
         heal: how it was healed, name -> value; empty: it was not.
         before, after: figures of the original and of this model, name -> `Metric.to_json()`.
@@ -38,6 +39,7 @@ class Story:
     recipe: str
     shape: str
     plans: Sequence[str] = ()
+    scores: Sequence[tuple[str, Sequence[float | None]]] = ()
     text: Mapping[str, str] = field(default_factory=dict)
     heal: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -73,6 +75,7 @@ def card(story: Story) -> str:
         "[foveate](https://pypi.org/project/foveate/).",
         _how_to_open(story),
         _list("What was cut", [_text(plan) for plan in story.plans]),
+        _list("Scores, the mean of each layer", [_scores(kind, means) for kind, means in story.scores]),
         _list("Text that was read", [f"{_text(use)}: {_text(text)}" for use, text in story.text.items()]),
         _list("Healing", [f"{_text(name)}: {_text(value)}" for name, value in story.heal.items()]),
         _figures(story),
@@ -117,6 +120,10 @@ def _how_to_open(story: Story) -> str:
 
 def _list(title: str, items: Sequence[str]) -> str:
     return "\n".join([f"## {title}", "", *(f"- {item}" for item in items)]) if items else ""
+
+
+def _scores(kind: str, means: Sequence[float | None]) -> str:
+    return f"{_text(kind)}: {', '.join('none' if mean is None else _text(f'{mean:.3g}') for mean in means)}"
 
 
 def _figures(story: Story) -> str:

@@ -277,7 +277,7 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
         raise FoveateError(
             f"units of {len(keep)} layers were given, but this model has {len(counts)}: make a plan for it."
         )
-    fine = kind in ("head", "kv_head", "channel")
+    inside = kind in ("head", "kv_head", "channel")  # units of a sublayer, which has to keep some
     for index, (kept, count) in enumerate(zip(keep, counts, strict=True)):
         if (
             len(kept)
@@ -294,7 +294,7 @@ def _check(kind: str, keep: list[Tensor], counts: list[int], parts: Anatomy) -> 
                 f"layer {index} has {count} units of the kind {kind}, and unit {int(kept.max())} was to be kept: make "
                 "a plan for this model."
             )
-        if (fine or kind == "hidden") and count and not len(kept):
+        if (inside or kind == "hidden") and count and not len(kept):
             raise FoveateError(
                 f"every {kind} of layer {index} would leave: keep more, or drop the whole sublayer (kind "
                 f"{'mlp' if kind == 'channel' else 'attention'})."

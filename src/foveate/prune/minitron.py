@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -110,7 +111,8 @@ class Minitron(Pruner):
         anatomy(target.model)  # an unknown model is reported before any calibration runs
         shares = self.shares(target.model)  # and so is a keep that can't be met
         keep: dict[str, list[Tensor]] = {}
-        for score in self.score(target.model, target.calibration()):
+        scores = self.score(target.model, target.calibration())
+        for score in scores:
             counts, share = unit_counts(target.model, score.kind), shares[score.kind]
             if score.kind == "layer":
                 stays = score.scores.nan_to_num(nan=torch.inf).flatten().topk(round(share * len(counts))).indices
@@ -121,7 +123,7 @@ class Minitron(Pruner):
                 row[:count].nan_to_num(nan=torch.inf).topk(self._rounded(share, count)).indices.sort().values
                 for row, count in zip(score.scores, counts, strict=True)
             ]
-        return Plan.of(target.model, keep, made_by=self.to_text())
+        return dataclasses.replace(Plan.of(target.model, keep, made_by=self.to_text()), scores=tuple(scores))
 
     def shares(self, model: PreTrainedModel) -> dict[str, float]:
         """The share of each kind of unit that stays, so that `keep` of the layers' parameters does.
