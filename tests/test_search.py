@@ -13,7 +13,7 @@ from foveate.errors import FoveateError
 from foveate.models.surgery import Surgery, layer_parameters, undone
 from foveate.search import axes as axes_module
 from foveate.search import search
-from foveate.search.axes import AXES, AttentionAxis, CacheAxis, ChannelAxis, KvHeadAxis, LayerAxis
+from foveate.search.axes import AXES, AttentionAxis, CacheAxis, ChannelAxis, KvHeadAxis, LayerAxis, RankAxis
 from foveate.search.goals import Memory, Params, Times
 from foveate.search.judge import answer
 from foveate.search.loss import Loss
@@ -89,6 +89,65 @@ def test_a_live_state_is_what_its_plan_carries_out():
     with fv.apply(model, answer(plan, "")):
         assert layer_parameters(model) == size
         torch.testing.assert_close(model(given).logits, shown)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("place", [(1, "mlp"), (2, "attention")])
+@torch.no_grad()
+def test_a_live_state_with_ranks_is_what_its_recipe_says(family, place):
+    model, given = fv.tiny(family), ids()
+    before = model(given).logits
+    axis = RankAxis(model, given)
+    (step,) = [step for step in axis.steps(State()) if {*step.ranks} == {place}]
+    # Another layer behind it is cut, too: what this one reads is as in the original.
+    state = step.after(State({(3, "mlp"): ()}))
+    with undone(model):
+        live, loss = Live(model, axis.made), Loss(model, given)
+        live.show(State({(3, "mlp"): ()}))
+        loss.remember()
+        live.show(state)
+        shown, size = model(given).logits, layer_parameters(model)
+        assert loss.of(step.first) == pytest.approx(kl(model, given, before), rel=1e-3)
+        live.restore()
+    assert torch.equal(model(given).logits, before) and size < layer_parameters(model)
+    with fv.apply(model, answer(state.plan(model, "test"), state.beside), calibration=given):
+        assert layer_parameters(model) == size
+        torch.testing.assert_close(model(given).logits, shown, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_maps_of_low_rank_are_found_and_the_answer_is_a_recipe(tiny, tmp_path):
+    model, tokenizer = tiny
+    mlp, generator = model.model.layers[1].mlp, torch.Generator().manual_seed(0)
+    for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):  # 16 of 64 ranks: 0.375 of the parameters
+        up, down = (torch.randn(n, 16, generator=generator) for n in each.weight.shape)
+        each.weight.copy_(up @ down.T / 64)
+    whole, size = model(ids()).logits, layer_parameters(model)
+    found = search(model, params=0.905, tokenizer=tokenizer, out=tmp_path, axes=["rank", "mlp"], **TINY)
+    assert {step.name for step in found.steps[:2]} == {"rank mlp 1: 0.8", "rank mlp 1: 0.6"}
+    assert found.steps[1].loss == pytest.approx(0, abs=1e-4)
+    assert found.beside == "low-rank:keep=0.4,maps=mlp,layers=1" and found.recipe.endswith("+" + found.beside)
+    assert torch.equal(model(ids()).logits, whole)
+    small = fv.thin(model, found.recipe, tokenizer=tokenizer)
+    assert layer_parameters(small) / size == pytest.approx(found.amount, abs=1e-3)
+    assert found.judged[1].amount == pytest.approx(found.amount, abs=1e-3)
+
+
+def test_a_sublayer_is_cut_or_factorised():
+    model = fv.tiny("llama")
+    rank, channel, heads = (axis(model, ids()) for axis in (RankAxis, ChannelAxis, KvHeadAxis))
+    assert len(rank.steps(State())) == 8
+    thin = State({}, "", {(1, "mlp"): 0.8, (2, "attention"): 0.25})
+    assert [step.name for step in rank.steps(thin) if "1:" in step.name] == ["rank attention 1: 0.8", "rank mlp 1: 0.6"]
+    assert not any("attention 2" in step.name for step in rank.steps(thin))  # no lower rank than that
+    assert {step.name.split(":")[0] for step in channel.steps(thin)} == {"channel 0", "channel 2", "channel 3"}
+    assert not any("2." in step.name for step in heads.steps(thin))
+    cut = State({(1, "channel"): (0, 1), (2, "attention"): ()})
+    assert not any("mlp 1" in step.name or "attention 2" in step.name for step in rank.steps(cut))
+    assert (
+        thin.digest != State().digest
+        and State({(1, "mlp"): ()}).digest == State({(1, "mlp"): ()}, "", {(1, "mlp"): 0.8}).digest
+    )
 
 
 def test_what_is_left_of_a_sublayer_that_is_gone_makes_no_other_state():
@@ -177,10 +236,10 @@ def test_a_search_reaches_its_goal_and_leaves_nothing_behind(tiny, tmp_path):
     before, size = model(given).logits, layer_parameters(model)
     found = search(model, params=0.85, tokenizer=tokenizer, out=tmp_path, **TINY)
     assert torch.equal(model(given).logits, before) and layer_parameters(model) == size
-    with fv.apply(model, answer(found.plan, found.cache)):
+    with fv.apply(model, answer(found.plan, found.beside), tokenizer=tokenizer):
         assert layer_parameters(model) / size == pytest.approx(found.amount)
     assert 0.8 < found.amount <= 0.85
-    assert found.recipe == f"plan:file={tmp_path / 'plan.json'}"
+    assert found.recipe == "+".join(filter(None, [f"plan:file={tmp_path / 'plan.json'}", found.beside]))
     assert (tmp_path / "recipe.txt").read_text() == found.recipe + "\n"
     kept = json.loads((tmp_path / "result.json").read_text())
     assert [step["name"] for step in kept["steps"]] == [step.name for step in found.steps]

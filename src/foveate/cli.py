@@ -216,7 +216,7 @@ def search(
     speed: Annotated[float | None, typer.Option(help="How many times as fast it is to be, such as 1.5.")] = None,
     memory: Annotated[str | None, typer.Option(help="Weights and cache in all: `4GiB`, `300MiB`.")] = None,
     axes: Annotated[
-        str | None, typer.Option(help="What may leave: `attention,mlp,layer,kv_head,channel,cache`.")
+        str | None, typer.Option(help="What may leave: `attention,mlp,layer,kv_head,channel,rank,cache`.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder, where a stopped search goes on.")] = Path("search"),
     calibration_tokens: Annotated[int, typer.Option(help="Calibration text that a step is measured on.")] = 1024,

@@ -61,12 +61,28 @@ def test_without_calibration_it_is_the_truncated_svd():
     torch.testing.assert_close(ours, left[:, :rank] @ values[:rank].diag() @ right[:rank], atol=1e-5, rtol=1e-4)
 
 
+def test_only_the_layers_that_are_named_are_converted():
+    model = tiny("llama")
+    with apply(
+        model, "low-rank:keep=0.5,maps=mlp,layers=0/2-3+low-rank:keep=0.5,maps=attention,layers=1", calibration=IDS
+    ):
+        kinds = {each: [type(model.get_submodule(f"model.layers.{i}.{each}")).__name__ for i in range(4)]
+                 for each in ("mlp.up_proj", "self_attn.q_proj")}  # fmt: skip
+    assert kinds["mlp.up_proj"] == ["LowRankLinear", "Linear", "LowRankLinear", "LowRankLinear"]
+    assert kinds["self_attn.q_proj"] == ["Linear", "LowRankLinear", "Linear", "Linear"]
+    with (
+        pytest.raises(fv.FoveateError, match="layers=4 can't be read for 4 layers"),
+        apply(model, "low-rank:keep=0.5,layers=4"),
+    ):
+        pass
+
+
 def test_fewer_tokens_than_directions_still_give_a_map():
     model = tiny("llama")
     with apply(model, "low-rank:keep=0.6", calibration=IDS[:, :9]):
         assert torch.isfinite(model(IDS).logits).all()
     weight = torch.randn(12, 8)
-    root = input_roots(model, linear_maps(fv.anatomy(model), "mlp", "test")[:1], IDS[:, :9])
+    root = input_roots(linear_maps(fv.anatomy(model), "mlp", "test")[:1], lambda: model(IDS[:, :9]))
     assert torch.linalg.matrix_rank(next(iter(root.values()))) == 64
     vectors, energy = basis(weight)
     assert vectors.shape == (12, paying(weight)) == (12, 4)

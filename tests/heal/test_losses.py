@@ -1,6 +1,7 @@
 """The losses against slow plain references in float64, and their gradients."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -162,3 +163,15 @@ def test_several_texts_give_as_much_each_as_far_as_they_reach(tmp_path):
     assert rows.shape == (11, 32)  # 256 tokens of one, and the 96 that fill rows of the other
     a, b = fv.tiny_tokenizer()("ab").input_ids
     assert (rows[:8] == a).all() and (rows[8:] == b).all()
+
+
+def test_a_long_text_is_read_in_parts_and_none_of_it_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["foveate.heal.text"], "PART", 20)
+    text = "".join(f"line {i}{chr(10) * (1 + i % 2)}" for i in range(2000))
+    (tmp_path / "a.txt").write_text(text)
+    teacher = fv.tiny("llama", num_hidden_layers=1)
+    tokenizer = fv.tiny_tokenizer()
+    with Show(False) as show:
+        job = Job(teacher, teacher, lambda: tokenizer, None, 1, show)
+        rows = sequences(job, str(tmp_path / "a.txt"), 512, 32, 0, 0)
+    assert rows.flatten().tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][:512]

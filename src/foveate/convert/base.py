@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from foveate.errors import FoveateError
 from foveate.methods import Change, Target
 from foveate.models.surgery import Surgery
 
@@ -36,3 +37,29 @@ class Converter(Change):
             tie: Any = getattr(module, "tie", None)
             if tie is not None:
                 tie(target.model)
+
+
+def numbers(layers: str, count: int, who: str) -> set[int]:
+    """The layers that a spec names, of `count`.
+
+    Example:
+        >>> sorted(numbers("0-2/5", 6, "lolcats")), sorted(numbers("odd", 6, "lolcats"))
+        ([0, 1, 2, 5], [1, 3, 5])
+    """
+    if layers in ("all", "even", "odd"):
+        start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[layers]
+        return set(range(start, count, step))
+    found: set[int] = set()
+    for piece in layers.split("/"):
+        first, _, last = piece.partition("-")
+        try:
+            these = range(int(first), int(last or first) + 1)
+        except ValueError:
+            these = range(0)
+        if not these or these[-1] >= count:
+            raise FoveateError(
+                f"{who}: layers={layers} can't be read for {count} layers: give all, even, odd, or numbers and ranges "
+                f"joined by a slash, such as 0-{count // 2}/{count - 1}."
+            )
+        found.update(these)
+    return found

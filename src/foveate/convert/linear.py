@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from foveate.convert.base import numbers
 from foveate.errors import FoveateError
 from foveate.methods import Target
 from foveate.models.anatomy import Anatomy, LayerParts, anatomy
@@ -42,32 +43,6 @@ def layers_to_convert(target: Target, layers: str, who: str) -> list[LayerParts]
                 f"{who}: the attention of layer {layer.index} is a {type(layer.attention).__name__} already: apply one "
                 "conversion a layer."
             )
-    return found
-
-
-def numbers(layers: str, count: int, who: str) -> set[int]:
-    """The layers that a spec names, of `count`.
-
-    Example:
-        >>> sorted(numbers("0-2/5", 6, "lolcats")), sorted(numbers("odd", 6, "lolcats"))
-        ([0, 1, 2, 5], [1, 3, 5])
-    """
-    if layers in ("all", "even", "odd"):
-        start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[layers]
-        return set(range(start, count, step))
-    found: set[int] = set()
-    for piece in layers.split("/"):
-        first, _, last = piece.partition("-")
-        try:
-            these = range(int(first), int(last or first) + 1)
-        except ValueError:
-            these = range(0)
-        if not these or these[-1] >= count:
-            raise FoveateError(
-                f"{who}: layers={layers} can't be read for {count} layers: give all, even, odd, or numbers and ranges "
-                f"joined by a slash, such as 0-{count // 2}/{count - 1}."
-            )
-        found.update(these)
     return found
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from foveate.claims import Claim, Finding, Streams, claim
-from foveate.convert.base import Converter
+from foveate.convert.base import Converter, numbers
 from foveate.convert.maps import LinearMap, check_which, like, linear_maps
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
@@ -52,6 +51,7 @@ class LowRank(Converter):
         keep: the fraction of the converted maps' parameters that stays, in (0, 1]; 1 converts nothing.
         aware: whether calibration text decides which directions matter.
         maps: which maps are converted, "all", "attention" or "mlp" (of the decoder layers).
+        layers: which layers: `all`, `even`, `odd`, or numbers and ranges joined by a slash, such as `0-9/12`.
         budget: how ranks are spread. `uniform`: the same fraction for every map, as in SVD-LLM. `global`: by the part
             of a map's (output) energy that a rank holds for a parameter, over the whole model; this use of singular
             values is ours.
@@ -74,6 +74,7 @@ class LowRank(Converter):
     keep: float
     aware: bool = True
     maps: str = "all"
+    layers: str = "all"
     budget: Spread = Uniform()
 
     def __post_init__(self) -> None:
@@ -83,15 +84,34 @@ class LowRank(Converter):
     def converted(self, target: Target) -> dict[str, nn.Module]:
         if self.keep == 1:
             return {}
-        maps = linear_maps(anatomy(target.model), self.maps, self.name)
-        roots = input_roots(target.model, maps, target.calibration()) if self.aware else {}
-        bases = [basis(each.weight, roots.get(each.path)) for each in maps]
-        ranks = ranks_for(maps, [energy for _, energy in bases], self.keep, self.budget)
-        return {
-            each.path: factorised(each, vectors[:, :rank])
-            for each, (vectors, _), rank in zip(maps, bases, ranks, strict=True)
-            if rank < paying(each.weight)
-        }
+        parts = anatomy(target.model)
+        maps = linear_maps(parts, self.maps, self.name, numbers(self.layers, len(parts.layers), self.name))
+        roots = {}
+        if self.aware:
+            calibration = target.calibration()
+            roots = input_roots(maps, lambda: parts.base(calibration, use_cache=False))
+        return factors(maps, roots, self.keep, self.budget)
+
+
+def factors(
+    maps: Sequence[LinearMap], roots: Mapping[str, Tensor], keep: float, budget: Spread
+) -> dict[str, nn.Module]:
+    """Path -> the two factors that stand in, for the maps whose rank under the budget pays.
+
+    Args:
+        maps: the maps.
+        roots: of the inputs' covariance, by path, as `input_roots` gives them; of a map without one, all directions of
+            the input count the same.
+        keep: the fraction of the maps' parameters that stays.
+        budget: how ranks are spread.
+    """
+    bases = [basis(each.weight, roots.get(each.path)) for each in maps]
+    ranks = ranks_for(maps, [energy for _, energy in bases], keep, budget)
+    return {
+        each.path: factorised(each, vectors[:, :rank])
+        for each, (vectors, _), rank in zip(maps, bases, ranks, strict=True)
+        if rank < paying(each.weight)
+    }
 
 
 def paying(weight: Tensor) -> int:
@@ -166,12 +186,12 @@ def ranks_for(maps: Sequence[LinearMap], energies: Sequence[Tensor], keep: float
 
 
 @torch.no_grad()
-def input_roots(model: PreTrainedModel, maps: Sequence[LinearMap], calibration: Tensor) -> dict[str, Tensor]:
+def input_roots(maps: Sequence[LinearMap], run: Callable[[], object]) -> dict[str, Tensor]:
     """S of each map by its path, float32 (in, in), where S S' is the sum of x x' over all inputs x, plus a ridge.
 
     Args:
-        model: the model; it is run once on the calibration token ids (batch, length).
         maps: whose inputs are looked at.
+        run: a forward of what they stand in, on calibration text.
     """
     roots: dict[str, Tensor] = {}
     last: tuple[Any, Any] = (None, None)  # maps that read the same input, q, k and v say, share its root
@@ -192,7 +212,7 @@ def input_roots(model: PreTrainedModel, maps: Sequence[LinearMap], calibration: 
                 roots[path] = root_of(args[0])
 
             hooks.callback(each.module.register_forward_pre_hook(before).remove)
-        anatomy(model).base(calibration, use_cache=False)
+        run()
     return roots
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,14 @@ def weight_of(module: Any) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def linear_maps(parts: Anatomy, which: str, who: str) -> list[LinearMap]:
-    """The linear maps of all layers, in order.
+def linear_maps(parts: Anatomy, which: str, who: str, layers: Container[int] | None = None) -> list[LinearMap]:
+    """The linear maps of the layers, in order.
 
     Args:
         parts: of the model.
         which: "all", "attention" or "mlp".
         who: the technique, for errors.
+        layers: indices of layers; None: all.
 
     Raises:
         FoveateError: there is no such choice; a map has been converted already; there are no maps.
@@ -66,6 +68,8 @@ def linear_maps(parts: Anatomy, which: str, who: str) -> list[LinearMap]:
     roles = [role for sort, names in ROLES.items() if which in ("all", sort) for role in names]
     holder, maps = families()[parts.family].layers, []
     for layer in parts.layers:
+        if layers is not None and layer.index not in layers:
+            continue
         for role in roles:
             module = getattr(layer, role)
             if module is None or isinstance(module, NoMlp | NoNorm):  # the sublayer has left, or is a foreign one
@@ -78,7 +82,7 @@ def linear_maps(parts: Anatomy, which: str, who: str) -> list[LinearMap]:
                 )
             maps.append(LinearMap(path, layer.index, role, module))
     if not maps:
-        raise FoveateError(f"{who}: no layer of this model has linear maps of the sort {which!r}.")
+        raise FoveateError(f"{who}: no such layer of this model has linear maps of the sort {which!r}.")
     return maps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,10 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import load_text
-from foveate.data.text import tokens as tokens_of
 from foveate.errors import FoveateError
 from foveate.heal import processes
 from foveate.heal.base import Job, reader
@@ -22,6 +22,8 @@ from foveate.models.anatomy import anatomy
 
 CACHE_BYTES = 24 * 2**30
 """Memory that the caches of texts that are sampled together may take on a GPU."""
+PART = 100_000
+"""Characters of a text, at least, that the tokenizer reads in one go."""
 
 
 def sequences(job: Job, data: str, count: int, length: int, samples: int, seed: int) -> Tensor:
@@ -78,7 +80,20 @@ def _read(job: Job, data: str, count: int) -> Tensor:
     for each in texts:
         if len(ids) < count:
             # A token has at least one character: what lies far behind what is asked for isn't read.
-            ids = torch.cat([ids, tokens_of(each[: 16 * count + 4096], job.tokenizer())[0]])
+            ids = torch.cat([ids, _tokens(each[: 16 * count + 4096], job.tokenizer())])
+    return ids
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids (n,): a long text is cut at blank lines, and its parts go through the tokenizer side by side."""
+    starts = [0]
+    while (blank := text.find("\n\n", starts[-1] + PART)) > 0:
+        starts.append(blank)
+    parts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    ids = torch.empty(0, dtype=torch.long)
+    for first in range(0, len(parts), 256):  # as Python's numbers, all at once would fill the memory
+        found = tokenizer(parts[first : first + 256], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.cat([ids, torch.tensor(list(itertools.chain.from_iterable(found)), dtype=torch.long)])
     return ids
 
 

@@ -25,7 +25,7 @@ from foveate.models.load import load, model_name, tokenizer_for
 from foveate.models.stored import fingerprint, text_digest
 from foveate.models.surgery import undone
 from foveate.plans import Plan
-from foveate.search.axes import chosen_axes
+from foveate.search.axes import RankAxis, chosen_axes
 from foveate.search.goals import AXES_OF, PROMPT, TOKENS, Goal, Memory, Params, Speed, Times, measure_times
 from foveate.search.judge import Judged, judge, speeds
 from foveate.search.loss import Loss
@@ -48,7 +48,7 @@ class SearchResult:
         model: the model's name.
         goal: what was asked for.
         plan: which units stay.
-        cache: the recipe of the cache beside it; "" where all entries stay.
+        beside: the recipe of what is no unit, low-rank factors and the cache; "" where there is nothing.
         recipe: the whole answer as recipe text, where the plan lies in a file; else None.
         steps: the steps taken, in order: the frontier that was walked.
         start: what the goal counts in the original.
@@ -61,7 +61,7 @@ class SearchResult:
     model: str
     goal: Goal
     plan: Plan
-    cache: str
+    beside: str
     recipe: str | None
     steps: Sequence[Taken]
     start: float
@@ -179,10 +179,10 @@ def search(
 ) -> SearchResult:
     """Search across techniques for the least loss at a budget, over steps that are measured on the model itself.
 
-    Starting from the original, each round takes the step (a sublayer here, a head there, some neurons, a smaller
-    cache) that adds the least KL divergence from the original's predictions, for what it saves. Steps are measured on
-    calibration text only. At the end the answer, and every single technique that comes down to the same budget, are
-    read on evaluation text.
+    Starting from the original, each round takes the step (a sublayer here, a head there, some neurons, some ranks, a
+    smaller cache) that adds the least KL divergence from the original's predictions, for what it saves. Steps are
+    measured on calibration text only. At the end the answer, and every single technique that comes down to the same
+    budget, are read on evaluation text.
 
     Args:
         model: what `foveate.load` takes, or a live model; it is left as it was.
@@ -254,7 +254,8 @@ def search(
             live_axes = [axis(model, ids) for axis in chosen]
             start = goal.amount(model)
             with undone(model):
-                live = Live(model)
+                makers = [axis.made for axis in live_axes if isinstance(axis, RankAxis)]
+                live = Live(model, *makers)
                 try:
                     loss = Loss(model, ids)
                     state, steps = walk(
@@ -265,7 +266,7 @@ def search(
             del loss
             words = f"search:{name}={goals[name]}"
             plan = state.plan(model, words)
-            recipe = _write(folder, plan, state.cache)
+            recipe = _write(folder, plan, state.beside)
             rows: list[Judged] = []
             measured = None
             if judged:
@@ -274,16 +275,18 @@ def search(
                 task.check(bench)
                 shown.say("reading evaluation text")
                 rows = judge(
-                    bench, goal, plan, state.cache, task, lambda what: shown.say(f"reading evaluation text: {what}")
+                    bench, goal, plan, state.beside, task, lambda what: shown.say(f"reading evaluation text: {what}")
                 )
                 if speed is not None:
                     shown.say("measuring the speed")
-                    measured = speeds(bench, plan, state.cache, phase, min(PROMPT, ids.shape[1]), TOKENS)
+                    measured = speeds(bench, plan, state.beside, phase, min(PROMPT, ids.shape[1]), TOKENS)
     finally:
         model.train(training)
     setting |= {"goal": words, "axes": [axis.name for axis in chosen]}
     setting |= {"calibration tokens": ids.numel(), "evaluation tokens": evaluation_tokens, "text": text}
-    result = SearchResult(title, goal, plan, state.cache, recipe, steps, start, rows, measured, folder, setting=setting)
+    result = SearchResult(
+        title, goal, plan, state.beside, recipe, steps, start, rows, measured, folder, setting=setting
+    )
     if folder is not None:
         _put(folder / "result.json", json.dumps(result.to_json(), indent=1) + "\n")
         result.report(folder / "report.html")
@@ -325,11 +328,11 @@ def _put(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _write(folder: Path | None, plan: Plan, cache: str) -> str | None:
+def _write(folder: Path | None, plan: Plan, beside: str) -> str | None:
     """Write the plan and the recipe; the recipe's text."""
     if folder is None:
         return None
-    recipe = "+".join(filter(None, [f"plan:file={folder / 'plan.json'}", cache]))
+    recipe = "+".join(filter(None, [f"plan:file={folder / 'plan.json'}", beside]))
     plan.save(folder / "plan.json")
     _put(folder / "recipe.txt", recipe + "\n")
     return recipe

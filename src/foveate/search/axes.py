@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from foveate.convert.low_rank import factors, input_roots
+from foveate.convert.maps import ROLES, linear_maps
 from foveate.errors import FoveateError
 from foveate.methods import Recipe
 from foveate.models.anatomy import anatomy
-from foveate.models.surgery import has_mlp, unit_counts
-from foveate.search.states import State, Step
+from foveate.models.surgery import has_attention, has_mlp, unit_counts
+from foveate.plans import Uniform
+from foveate.search.states import SUBLAYER, State, Step
 from foveate.specs import nearest
 
 
@@ -87,7 +92,7 @@ class KvHeadAxis(Axis):
         steps = []
         for i, count in enumerate(self.counts):
             left = state.keep.get((i, "kv_head"), tuple(range(count)))
-            if len(left) > 1 and not state.gone(i, "attention"):
+            if len(left) > 1 and not state.gone(i, "attention") and (i, "attention") not in state.ranks:
                 steps += [
                     Step(self.name, f"kv_head {i}.{head}", {(i, "kv_head"): tuple(h for h in left if h != head)})
                     for head in left
@@ -111,13 +116,67 @@ class ChannelAxis(Axis):
     def steps(self, state: State) -> list[Step]:
         steps = []
         for i, (order, group) in enumerate(zip(self.order, self.groups, strict=True)):
-            if order is None or state.gone(i, "mlp"):
+            if order is None or state.gone(i, "mlp") or (i, "mlp") in state.ranks:
                 continue
             left = state.keep.get((i, "channel"), range(len(order)))
             if len(left) > group:
                 kept = tuple(sorted(order[len(order) - len(left) + group :]))
                 steps.append(Step(self.name, f"channel {i}: {len(kept)} of {len(order)} stay", {(i, "channel"): kept}))
         return steps
+
+
+UNITS = {sublayer: [kind for kind, of in SUBLAYER.items() if of == sublayer] for sublayer in ("attention", "mlp")}
+
+RANKS = (0.8, 0.6, 0.4, 0.25)
+
+
+class RankAxis(Axis):
+    """The part of a sublayer's linear maps that stays, as two thin factors each; for sublayers that are not cut.
+
+    The factors are those of `low-rank`, made of what a layer reads in the original. The answer's recipe makes them
+    anew, of what it reads in the model that it cuts.
+    """
+
+    name = "rank"
+    words = "ranks of a sublayer's linear maps"
+
+    def __init__(self, model: PreTrainedModel, calibration: Tensor):
+        super().__init__(model, calibration)
+        self.parts = anatomy(model)
+        self.reads: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in self.parts.layers:
+
+                def before(
+                    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = layer.index
+                ) -> None:
+                    self.reads[at] = args, kwargs
+
+                hooks.callback(layer.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self.parts.base(calibration, use_cache=False)
+        self.there = [
+            (layer.index, sublayer)
+            for layer in self.parts.layers
+            for sublayer, there in (("attention", has_attention(layer)), ("mlp", has_mlp(layer)))
+            if there and any(isinstance(getattr(layer, role), nn.Linear | Conv1D) for role in ROLES[sublayer])
+        ]
+        self.made = lru_cache(maxsize=4)(self._factors)
+
+    def steps(self, state: State) -> list[Step]:
+        steps = []
+        for layer, sublayer in self.there:
+            if state.gone(layer, sublayer) or any((layer, kind) in state.keep for kind in UNITS[sublayer]):
+                continue
+            part = next((part for part in RANKS if part < state.ranks.get((layer, sublayer), 1)), None)
+            if part is not None:
+                steps.append(Step(self.name, f"rank {sublayer} {layer}: {part}", ranks={(layer, sublayer): part}))
+        return steps
+
+    def _factors(self, layer: int, sublayer: str, keep: float) -> dict[str, nn.Module]:
+        args, kwargs = self.reads[layer]
+        maps = linear_maps(self.parts, sublayer, "search", {layer})
+        roots = input_roots(maps, lambda: self.parts.layers[layer].module(*args, **kwargs))
+        return factors(maps, roots, keep, Uniform())
 
 
 NOTCHES = (0.75, 0.5, 0.35, 0.25, 0.18, 0.12)
@@ -153,7 +212,7 @@ def cache_share(recipe: str) -> float:
 
 
 AXES: dict[str, type[Axis]] = {
-    axis.name: axis for axis in (AttentionAxis, MlpAxis, LayerAxis, KvHeadAxis, ChannelAxis, CacheAxis)
+    axis.name: axis for axis in (AttentionAxis, MlpAxis, LayerAxis, KvHeadAxis, ChannelAxis, RankAxis, CacheAxis)
 }
 """All axes by name."""
 

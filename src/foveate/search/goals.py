@@ -20,9 +20,9 @@ from foveate.models.surgery import cut, layer_parameters, undone, unit_counts
 from foveate.tasks.base import decode, read
 
 AXES_OF = {
-    "params": ["attention", "mlp", "layer", "kv_head", "channel"],
+    "params": ["attention", "mlp", "layer", "kv_head", "channel", "rank"],
     "speed": ["attention", "mlp", "layer", "kv_head", "channel"],
-    "memory": ["attention", "mlp", "layer", "kv_head", "channel", "cache"],
+    "memory": ["attention", "mlp", "layer", "kv_head", "channel", "rank", "cache"],
 }
 """The axes that a goal is searched on, where no others are asked for."""
 

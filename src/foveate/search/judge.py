@@ -64,9 +64,9 @@ class Carried(Method):
             yield
 
 
-def answer(plan: Plan, cache: str) -> Recipe:
-    """The recipe of a plan, and of a cache beside it."""
-    return Recipe((Carried(plan=plan), *(Recipe.of(cache).methods if cache else ())))
+def answer(plan: Plan, beside: str) -> Recipe:
+    """The recipe of a plan, and of what stands beside it."""
+    return Recipe((Carried(plan=plan), *(Recipe.of(beside).methods if beside else ())))
 
 
 def rivals(goal: Goal) -> dict[str, Callable[[float], Method]]:
@@ -89,7 +89,7 @@ def judge(
     bench: Bench,
     goal: Goal,
     plan: Plan,
-    cache: str,
+    beside: str,
     task: Perplexity,
     progress: Callable[[str], None] = lambda what: None,
     names: list[str] | None = None,
@@ -102,7 +102,7 @@ def judge(
     whole = goal.amount(bench.model)
     rows = [
         _read(bench, goal, Recipe.of("full"), task, "full"),
-        _read(bench, goal, answer(plan, cache), task, "search"),
+        _read(bench, goal, answer(plan, beside), task, "search"),
     ]
     reached = rows[1].amount
     for name, make in rivals(goal).items():
@@ -151,9 +151,9 @@ def _rival(
     return best
 
 
-def speeds(bench: Bench, plan: Plan, cache: str, phase: str, prompt: int, tokens: int) -> dict[str, Any]:
+def speeds(bench: Bench, plan: Plan, beside: str, phase: str, prompt: int, tokens: int) -> dict[str, Any]:
     """The measured speed-up of the search's answer, as the task `speed` gives it."""
     from foveate.tasks.speed import Speed
 
-    outcome = Speed(prompt=prompt, tokens=tokens, repeats=5).measure(bench, answer(plan, cache))
+    outcome = Speed(prompt=prompt, tokens=tokens, repeats=5).measure(bench, answer(plan, beside))
     return outcome.metrics[f"{phase}_speedup"].to_json()
