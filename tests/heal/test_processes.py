@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 import foveate as fv
 from foveate.heal import heal
+from foveate.methods import changed
 from foveate.models.surgery import Surgery, cut, settle
 
 COMMON = "tokens=2k,batch=8,length=32,data=samples,lr=1e-3"
 RUNS = {
     "distill": ("hidden", f"distill:{COMMON}"),
     "lora": ("channel", f"lora:rank=2,pieces=2,{COMMON}"),
+    "shared": ("recursive", f"distill:{COMMON}"),
 }
 SCRIPT = """
 import sys, torch
@@ -35,6 +37,8 @@ for name, (kind, spec) in RUNS.items():
 def models(kind):
     teacher = fv.tiny("llama", num_hidden_layers=3, tie_word_embeddings=True)
     student = fv.tiny("llama", num_hidden_layers=3, tie_word_embeddings=True, seed=1)
+    if kind == "recursive":  # one weight that three depths read
+        return teacher, changed(student, "recursive:loops=3,rank=2", calibration=torch.arange(1, 65)[None])[0]
     cut(student, "channel", [torch.arange(64 + 16 * i) for i in range(3)], Surgery())
     if kind == "hidden":
         cut(student, "hidden", [torch.arange(48)], Surgery())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 from foveate.heal import processes
+from foveate.models.source import reason
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,11 +66,17 @@ def save(folder: Path, state: State, trained: dict[str, nn.Parameter], optimizer
                     os.fsync(file.fileno())
             shutil.rmtree(place, ignore_errors=True)
             temporary.rename(place)
-        except OSError as error:
-            raise FoveateError(f"{folder} can't be written ({error.strerror}): give another folder.") from error
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise unwritten(folder, error) from error
         for other in _checkpoints(folder)[:-1]:
             shutil.rmtree(other, ignore_errors=True)
     processes.wait()
+
+
+def unwritten(folder: Path, error: Exception) -> FoveateError:
+    """What to say where a folder can't be written: safetensors has words of its own for a full disk."""
+    return FoveateError(f"{folder} can't be written ({reason(error)}): make room there, or give another folder.")
 
 
 def restore(folder: Path, state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:

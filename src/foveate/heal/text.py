@@ -18,6 +18,7 @@ from foveate.data.text import load_text
 from foveate.errors import FoveateError
 from foveate.heal import processes
 from foveate.heal.base import Job, reader
+from foveate.heal.checkpoint import unwritten
 from foveate.models.anatomy import anatomy
 
 CACHE_BYTES = 24 * 2**30
@@ -151,10 +152,14 @@ def _sample(teacher: PreTrainedModel, rows: int, length: int, seed: int) -> Tens
 
 
 def _store(path: Path, ids: Tensor, who: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"ids": ids.to("cpu", torch.int32)}, temporary, metadata={"of": json.dumps(who)})
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": ids.to("cpu", torch.int32)}, temporary, metadata={"of": json.dumps(who)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritten(path.parent, error) from error
 
 
 def _stored(path: Path, who: dict[str, object], rows: int) -> Tensor | None:

@@ -394,13 +394,18 @@ def _compiled(objective: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def _shard(objective: nn.Module, device: torch.device) -> None:
-    """Spread what is trained over the processes, layer by layer (FSDP2)."""
+    """Spread what is trained over the processes, layer by layer (FSDP2); all at once where layers share weights.
+
+    A layer's own weights are whole only while it runs, and another one that reads them would find a part.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.world(),))
-    for layer in anatomy(objective.student).layers:  # type: ignore[arg-type]
-        if any(p.requires_grad for p in layer.module.parameters()):
+    student: Any = objective.student
+    shares = any(hasattr(module, "tie") for module in student.modules())  # portable modules that refer to others
+    for layer in anatomy(student).layers:
+        if not shares and any(p.requires_grad for p in layer.module.parameters()):
             fully_shard(layer.module, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,9 @@ from foveate.tasks.base import Bench
 from foveate.tasks.perplexity import Perplexity
 
 __all__ = ["SearchResult", "search"]
+
+LINE_EVERY = 20.0
+"""Seconds between lines about the first round, where there is no terminal."""
 
 PASSAGE = 512
 """Tokens of a passage of calibration text, where the text and the model allow as many."""
@@ -357,7 +361,7 @@ def _times(model: PreTrainedModel, ids: Tensor, phase: str, folder: Path | None,
 
 
 class _Shown:
-    """A bar in a terminal, with the time left; otherwise a line for each step taken."""
+    """A bar in a terminal, with the time left; otherwise a line for each step taken, and for what takes long."""
 
     def __init__(self, show: bool):
         self._console = Console(stderr=True, quiet=not show, highlight=False)
@@ -367,6 +371,7 @@ class _Shown:
         )
         self._task = self._bar.add_task("foveate", total=1.0)
         self._taken = 0
+        self._last = time.monotonic()
 
     def __enter__(self) -> _Shown:
         self._bar.start()
@@ -377,6 +382,12 @@ class _Shown:
 
     def say(self, what: str) -> None:
         self._bar.update(self._task, description=what, completed=0)
+        self._line(what)
+
+    def _line(self, words: str) -> None:
+        if not self._bar.live.is_started:
+            self._last = time.monotonic()
+            self._console.print(words, markup=False, soft_wrap=True)
 
     def done(self, fraction: float) -> None:
         self._bar.update(self._task, completed=fraction)
@@ -390,8 +401,10 @@ class _Shown:
                 self._bar.update(self._task, completed=measured / (measured + left))
             words = f"{goal.words(last.amount)}, loss {last.loss:.3g}"
             self._bar.update(self._task, description=f"{len(taken)} steps: {words}")
-            if len(taken) > self._taken and not self._bar.live.is_started:
-                self._console.print(f"[{len(taken)}] {last.name}: {words}", markup=False, soft_wrap=True)
+            if len(taken) > self._taken:
+                self._line(f"[{len(taken)}] {last.name}: {words}")
             self._taken = len(taken)
         else:
             self._bar.update(self._task, description="measuring first steps", completed=measured / (measured + missing))
+            if time.monotonic() - self._last >= LINE_EVERY:
+                self._line(f"measuring first steps: {measured} of {measured + missing}")
