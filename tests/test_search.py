@@ -98,11 +98,12 @@ def test_a_live_state_with_ranks_is_what_its_recipe_says(family, place):
     model, given = fv.tiny(family), ids()
     before = model(given).logits
     axis = RankAxis(model, given)
+    assert len(axis.maps) == 8
     (step,) = [step for step in axis.steps(State()) if {*step.ranks} == {place}]
     # Another layer behind it is cut, too: what this one reads is as in the original.
     state = step.after(State({(3, "mlp"): ()}))
     with undone(model):
-        live, loss = Live(model, axis.made), Loss(model, given)
+        live, loss = Live(model, axis.factors), Loss(model, given)
         live.show(State({(3, "mlp"): ()}))
         loss.remember()
         live.show(state)
@@ -131,6 +132,29 @@ def test_maps_of_low_rank_are_found_and_the_answer_is_a_recipe(tiny, tmp_path):
     small = fv.thin(model, found.recipe, tokenizer=tokenizer)
     assert layer_parameters(small) / size == pytest.approx(found.amount, abs=1e-3)
     assert found.judged[1].amount == pytest.approx(found.amount, abs=1e-3)
+
+
+def test_units_are_ranked_on_text_that_no_step_is_measured_on(tiny):
+    from foveate.data.text import load_text
+    from foveate.search import passages, rest
+
+    model, tokenizer = tiny
+    text = load_text("prose").calibration[:3000]
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for count in (200, 600, 1500):
+        measured = passages(model, tokenizer, text, count)
+        others = rest(model, tokenizer, text, measured, 10**6)
+        assert others.shape[1] <= model.config.max_position_embeddings and others.numel() > 0.5 * (len(whole) - count)
+        left = list(whole)
+        for row in measured.tolist():
+            at = next(i for i in range(len(left)) if left[i : i + len(row)] == row)
+            left[at : at + len(row)] = [-1] * len(row)
+        left = [token for token in left if token >= 0]
+        assert others.flatten().tolist() == left[: others.numel()]
+    assert rest(model, tokenizer, text, passages(model, tokenizer, text, 200), 100).numel() == 100
+    short = text[:512]
+    measured = passages(model, tokenizer, short, 512)
+    assert torch.equal(rest(model, tokenizer, short, measured, 100), measured)  # there is no other
 
 
 def test_a_sublayer_is_cut_or_factorised():

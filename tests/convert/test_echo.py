@@ -24,19 +24,7 @@ IDS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(1))
 PADDED = torch.ones_like(IDS).index_put((torch.tensor(0), torch.arange(7)), torch.tensor(0))
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def in_pieces(model, ids):
-    cache, pieces = None, []
-    for piece in (ids[:, :20], ids[:, 20:21], ids[:, 21:]):
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        pieces.append(out.logits)
-    return torch.cat(pieces, 1), cache
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def parameters(model):
@@ -57,7 +45,7 @@ def with_an_echo(family, at, **config):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family,at", [(family, 2 + i % 2) for i, family in enumerate(ROTARY_FAMILIES)])
-def test_a_layer_that_attends_as_the_one_before_echoes_it_without_loss(family, at, attention):
+def test_a_layer_that_attends_as_the_one_before_echoes_it_without_loss(family, at, attention, in_pieces):
     model = with_an_echo(family, at)
     model.set_attn_implementation(attention)
     full, whole, layer = model(IDS), parameters(model), fv.anatomy(model).layers[at].attention
@@ -130,7 +118,7 @@ def test_the_most_similar_layers_are_picked_with_their_blocks_in_mind():
     assert most_similar(similarity, layers, [1, 2, 3, 4], 2) == {2: 1, 4: 3}
 
 
-def test_an_attention_window_is_kept():
+def test_an_attention_window_is_kept(in_pieces):
     model = with_an_echo("mistral", 2, sliding_window=16)
     before = model(IDS).logits
     with apply(model, "echo:layers=1", calibration=IDS[:1]):
@@ -193,7 +181,7 @@ def test_what_cannot_be_gets_a_sentence(family, recipe, says):
     assert torch.equal(model(IDS).logits, before)
 
 
-def test_with_what_was_pruned_before():
+def test_with_what_was_pruned_before(in_pieces):
     model = tiny("llama", num_hidden_layers=6)
     with apply(model, "drop-attention:keep=0.8+echo:layers=2", calibration=IDS[:1]):
         names = [type(layer.attention).__name__ for layer in fv.anatomy(model).layers]

@@ -26,19 +26,7 @@ IDS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(1))
 PADDED = torch.ones_like(IDS).index_put((torch.tensor(0), torch.arange(7)), torch.tensor(0))
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def in_pieces(model, ids):
-    cache, pieces = None, []
-    for piece in (ids[:, :20], ids[:, 20:21], ids[:, 21:]):
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        pieces.append(out.logits)
-    return torch.cat(pieces, 1), cache
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def answers(model, **given):
@@ -48,7 +36,7 @@ def answers(model, **given):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ROTARY_FAMILIES)
-def test_whole_latents_change_nothing(family, attention):
+def test_whole_latents_change_nothing(family, attention, in_pieces):
     model = tiny(family)
     model.set_attn_implementation(attention)
     before, padded = model(IDS).logits, model(IDS, attention_mask=PADDED).logits
@@ -66,7 +54,7 @@ def test_whole_latents_change_nothing(family, attention):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_an_attention_window_is_kept():
+def test_an_attention_window_is_kept(in_pieces):
     model = tiny("mistral", sliding_window=16)
     before = model(IDS).logits
     with apply(model, "latent"):
@@ -110,7 +98,7 @@ def test_the_up_projections_give_each_head_its_own_keys_and_values():
     assert not torch.allclose(keys[0], keys[1])
 
 
-def test_smaller_latents_lose_nothing_where_kv_heads_are_alike():
+def test_smaller_latents_lose_nothing_where_kv_heads_are_alike(in_pieces):
     model = tiny("qwen2")  # its maps have biases
     dim = fv.anatomy(model).head_dim
     for layer in fv.anatomy(model).layers:
@@ -167,7 +155,7 @@ def test_up_projections_can_be_trained():
             assert layer.attention.k_up.grad.abs().sum() > 0 and layer.attention.v_up.grad.abs().sum() > 0
 
 
-def test_steered_attention_finds_the_same_weights():
+def test_steered_attention_finds_the_same_weights(in_pieces):
     model = tiny("llama")
 
     def sharper(view):
@@ -207,7 +195,7 @@ def test_what_cannot_be_gets_a_sentence(family, recipe, says):
 
 
 @pytest.mark.parametrize("recipe", ["latent", "echo:layers=1"])
-def test_heads_that_were_cut_before_stay_so(recipe):
+def test_heads_that_were_cut_before_stay_so(recipe, in_pieces):
     model = tiny("llama")
     with undone(model) as surgery:
         cut(model, "kv_head", [torch.tensor([1])] * 4, surgery)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.convert.low_rank import basis, input_roots, paying
+from foveate.convert.low_rank import basis, in_passages, input_root, paying
 from foveate.convert.maps import linear_maps
 from foveate.errors import FoveateError
 from foveate.methods import apply
@@ -77,13 +77,21 @@ def test_only_the_layers_that_are_named_are_converted():
         pass
 
 
+def test_a_long_text_is_read_in_passages():
+    ids = torch.arange(2100)[None]
+    assert torch.equal(in_passages(ids), ids[:, :2048].view(4, 512))
+    assert in_passages(ids[:, :1000]).shape == (1, 1000)
+    assert in_passages(ids.view(2, 1050)).shape == (2, 1050)
+    with pytest.raises(fv.FoveateError, match="tokens=0 is below 1"):
+        fv.methods.METHODS.parse("low-rank:keep=0.5,tokens=0")
+
+
 def test_fewer_tokens_than_directions_still_give_a_map():
     model = tiny("llama")
     with apply(model, "low-rank:keep=0.6", calibration=IDS[:, :9]):
         assert torch.isfinite(model(IDS).logits).all()
     weight = torch.randn(12, 8)
-    root = input_roots(linear_maps(fv.anatomy(model), "mlp", "test")[:1], lambda: model(IDS[:, :9]))
-    assert torch.linalg.matrix_rank(next(iter(root.values()))) == 64
+    assert torch.linalg.matrix_rank(input_root(torch.randn(9, 64))) == 64
     vectors, energy = basis(weight)
     assert vectors.shape == (12, paying(weight)) == (12, 4)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(4), atol=1e-5, rtol=1e-5)

@@ -57,7 +57,15 @@ def write_report(run: Path | Sequence[Cell], out: Path) -> Path:
     cells = read_cells(run) if isinstance(run, str | Path) else list(run)
     if not cells:
         raise FoveateError("A report was asked for, but no cell is finished yet: let `foveate compare` run first.")
-    page = render(cells)
+    return write_page(render(cells), out)
+
+
+def write_page(page: str, out: Path) -> Path:
+    """Write a page in one piece or not at all, and return where it is.
+
+    Raises:
+        FoveateError: the file can't be written.
+    """
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(page.encode("utf-8", "replace"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from foveate.claims import Claim, Finding, Streams, claim
 from foveate.convert.base import Converter, numbers
@@ -40,8 +41,8 @@ class LowRank(Converter):
     Two factors of rank r have r (in + out) parameters; at r = in * out / (in + out) that is no less than the map has.
     So a map that keeps that many ranks stays as it is.
 
-    A covariance of many inputs wants many tokens: SVD-LLM takes hundreds of thousands. The default calibration text
-    has 2,048 tokens, which is quick; give `apply` more where it matters.
+    A covariance of many inputs wants many tokens: SVD-LLM takes hundreds of thousands. With fewer than a few times the
+    inputs' width, the factors fit those very tokens, and others badly.
 
     What is not here: PELA trains the factors between compression and use, by feature distillation from the original
     and with a regulariser that bounds how far weights move. Healing is a step of its own and follows any technique;
@@ -55,6 +56,7 @@ class LowRank(Converter):
         budget: how ranks are spread. `uniform`: the same fraction for every map, as in SVD-LLM. `global`: by the part
             of a map's (output) energy that a rank holds for a parameter, over the whole model; this use of singular
             values is ours.
+        tokens: of calibration text, where `apply` is given none; read in passages of 512.
 
     Example:
         >>> import foveate as fv, torch
@@ -76,9 +78,12 @@ class LowRank(Converter):
     maps: str = "all"
     layers: str = "all"
     budget: Spread = Uniform()
+    tokens: int = 8192
 
     def __post_init__(self) -> None:
         check_fraction(self.name, self.keep)
+        if self.tokens < 1:
+            raise FoveateError(f"low-rank: tokens={self.tokens} is below 1: give the tokens to read.")
         check_which(self.maps, self.name)
 
     def converted(self, target: Target) -> dict[str, nn.Module]:
@@ -86,32 +91,43 @@ class LowRank(Converter):
             return {}
         parts = anatomy(target.model)
         maps = linear_maps(parts, self.maps, self.name, numbers(self.layers, len(parts.layers), self.name))
-        roots = {}
         if self.aware:
-            calibration = target.calibration()
-            roots = input_roots(maps, lambda: parts.base(calibration, use_cache=False))
-        return factors(maps, roots, self.keep, self.budget)
+            bases = bases_on(target.model, maps, in_passages(target.calibration(self.tokens)))
+        else:
+            bases = {each.path: basis(each.weight) for each in maps}
+        return factors(maps, bases, self.keep, self.budget)
 
 
-def factors(
-    maps: Sequence[LinearMap], roots: Mapping[str, Tensor], keep: float, budget: Spread
-) -> dict[str, nn.Module]:
+Basis = tuple[Tensor, Tensor]
+"""Directions of a map's output, and the energy in each."""
+
+
+def factors(maps: Sequence[LinearMap], bases: Mapping[str, Basis], keep: float, budget: Spread) -> dict[str, nn.Module]:
     """Path -> the two factors that stand in, for the maps whose rank under the budget pays.
 
     Args:
         maps: the maps.
-        roots: of the inputs' covariance, by path, as `input_roots` gives them; of a map without one, all directions of
-            the input count the same.
+        bases: of each, by path, as `basis` gives them.
         keep: the fraction of the maps' parameters that stays.
         budget: how ranks are spread.
     """
-    bases = [basis(each.weight, roots.get(each.path)) for each in maps]
-    ranks = ranks_for(maps, [energy for _, energy in bases], keep, budget)
+    ranks = ranks_for(maps, [bases[each.path][1] for each in maps], keep, budget)
     return {
-        each.path: factorised(each, vectors[:, :rank])
-        for each, (vectors, _), rank in zip(maps, bases, ranks, strict=True)
+        each.path: factorised(each, bases[each.path][0][:, :rank])
+        for each, rank in zip(maps, ranks, strict=True)
         if rank < paying(each.weight)
     }
+
+
+PASSAGE = 512
+"""Tokens of a passage, at most."""
+
+
+def in_passages(ids: Tensor) -> Tensor:
+    """A long text (1, n) as passages (n // 512, 512), without what is left over; others as they are."""
+    if len(ids) > 1 or ids.shape[1] < 2 * PASSAGE:
+        return ids
+    return ids[0, : ids.shape[1] // PASSAGE * PASSAGE].view(-1, PASSAGE)
 
 
 def paying(weight: Tensor) -> int:
@@ -120,7 +136,7 @@ def paying(weight: Tensor) -> int:
     return max(1, rows * columns // (rows + columns))
 
 
-def basis(weight: Tensor, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def basis(weight: Tensor, root: Tensor | None = None) -> Basis:
     """Directions of a map's output, the most energetic first, and the energy in each.
 
     Args:
@@ -186,34 +202,39 @@ def ranks_for(maps: Sequence[LinearMap], energies: Sequence[Tensor], keep: float
 
 
 @torch.no_grad()
-def input_roots(maps: Sequence[LinearMap], run: Callable[[], object]) -> dict[str, Tensor]:
-    """S of each map by its path, float32 (in, in), where S S' is the sum of x x' over all inputs x, plus a ridge.
+def bases_on(model: PreTrainedModel, maps: Sequence[LinearMap], calibration: Tensor) -> dict[str, Basis]:
+    """The basis of each map by its path, for what it reads on calibration text.
+
+    The model is run once, and each map's inputs are dealt with when they come by, so that those of all maps are never
+    there together.
 
     Args:
-        maps: whose inputs are looked at.
-        run: a forward of what they stand in, on calibration text.
+        model: the model.
+        maps: maps in it.
+        calibration: token ids (batch, length).
     """
-    roots: dict[str, Tensor] = {}
+    found: dict[str, Basis] = {}
     last: tuple[Any, Any] = (None, None)  # maps that read the same input, q, k and v say, share its root
-
-    def root_of(x: Tensor) -> Tensor:
-        nonlocal last
-        if last[0] is not x:
-            rows = x.flatten(0, -2).float()
-            weak = (RIDGE * rows.square().mean() * len(rows)).sqrt()
-            ridge = weak * torch.eye(rows.shape[1], device=rows.device)
-            last = (x, torch.linalg.qr(torch.cat([rows, ridge]), mode="r").R.T)
-        return last[1]
-
     with ExitStack() as hooks:
         for each in maps:
 
-            def before(module: nn.Module, args: tuple[Any, ...], path: str = each.path) -> None:
-                roots[path] = root_of(args[0])
+            def before(module: nn.Module, args: tuple[Any, ...], each: LinearMap = each) -> None:
+                nonlocal last
+                if last[0] is not args[0]:
+                    last = (args[0], input_root(args[0].flatten(0, -2)))
+                found[each.path] = basis(each.weight, last[1])
 
             hooks.callback(each.module.register_forward_pre_hook(before).remove)
-        run()
-    return roots
+        anatomy(model).base(calibration, use_cache=False)
+    return found
+
+
+def input_root(rows: Tensor) -> Tensor:
+    """S, float32 (in, in), where S S' is the sum of x x' over rows x (n, in), plus a ridge."""
+    rows = rows.float()
+    weak = (RIDGE * rows.square().mean() * len(rows)).sqrt()
+    ridge = weak * torch.eye(rows.shape[1], device=rows.device)
+    return torch.linalg.qr(torch.cat([rows, ridge]), mode="r").R.T
 
 
 @claim("low-rank")
@@ -223,7 +244,7 @@ class AwareLosesLess(Claim):
         "factors that know the inputs lose far less than a plain SVD's (SVD-LLM, abstract)"
     )
     setting: ClassVar[str] = (
-        "80% of the parameters of all linear maps kept, no healing; 2,048 tokens of calibration text, and as many of "
+        "80% of the parameters of all linear maps kept, no healing; 8,192 tokens of calibration text, 2,048 of "
         "evaluation text; ranks the same fraction everywhere, and spread by energy"
     )
 

@@ -37,6 +37,9 @@ from foveate.tasks.perplexity import Perplexity
 
 __all__ = ["SearchResult", "search"]
 
+RANKING_TOKENS = 8192
+"""Tokens of calibration text, at most, that axes rank their units on."""
+
 LINE_EVERY = 20.0
 """Seconds between lines about the first round, where there is no terminal."""
 
@@ -255,10 +258,11 @@ def search(
                 times = _times(model, ids, phase, folder, shown)
                 goal = Speed.of(model, speed, phase, times)
             shown.say("ranking units")
-            live_axes = [axis(model, ids) for axis in chosen]
+            others = rest(model, tokenizer, source.calibration, ids, RANKING_TOKENS)
+            live_axes = [axis(model, others) for axis in chosen]
             start = goal.amount(model)
             with undone(model):
-                makers = [axis.made for axis in live_axes if isinstance(axis, RankAxis)]
+                makers = [axis.factors for axis in live_axes if isinstance(axis, RankAxis)]
                 live = Live(model, *makers)
                 try:
                     loss = Loss(model, ids)
@@ -309,9 +313,30 @@ def passages(
     number = max(1, count // length)
     tokens(text, tokenizer, number * length)  # or it says that the text is too short
     ids = tokens(text, tokenizer)
-    room = ids.shape[1] - length
-    starts = [room * i // max(1, number - 1) for i in range(number)]
+    starts = _starts(ids.shape[1], number, length)
     return torch.cat([ids[:, start : start + length] for start in starts]).to(model.device)
+
+
+def _starts(tokens: int, number: int, length: int) -> list[int]:
+    return [(tokens - length) * i // max(1, number - 1) for i in range(number)]
+
+
+def rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, taken: Tensor, count: int) -> Tensor:
+    """Up to `count` tokens of a text that stand in none of the passages taken from it: (passages, length).
+
+    Where the text has nothing else, those passages themselves.
+
+    Args:
+        taken: what `passages` gave for that text.
+    """
+    ids = tokens(text, tokenizer)[0]
+    left = torch.ones(len(ids), dtype=torch.bool)
+    number, width = taken.shape
+    for start in _starts(len(ids), number, width):
+        left[start : start + width] = False
+    ids = ids[left][:count]
+    length = min(PASSAGE, anatomy(model).max_positions, max(1, len(ids)))
+    return ids[: len(ids) // length * length].view(-1, length).to(model.device) if len(ids) >= 16 else taken
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from foveate.convert.low_rank import factors, input_roots
+from foveate.convert.low_rank import bases_on, factors, paying
 from foveate.convert.maps import ROLES, linear_maps
 from foveate.errors import FoveateError
 from foveate.methods import Recipe
 from foveate.models.anatomy import anatomy
-from foveate.models.surgery import has_attention, has_mlp, unit_counts
+from foveate.models.surgery import has_mlp, unit_counts
 from foveate.plans import Uniform
 from foveate.search.states import SUBLAYER, State, Step
 from foveate.specs import nearest
@@ -33,7 +31,10 @@ class Axis(ABC):
     words: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, calibration: Tensor):
-        """Args: the model as it is, and token ids (batch, length) that an axis may rank its units on."""
+        """Args: the model as it is, and token ids (batch, length) that an axis may rank its units on.
+
+        No step is measured on that text: factors, say, fit the tokens that they were made of better than others.
+        """
         self.model = model
 
     @abstractmethod
@@ -100,6 +101,10 @@ class KvHeadAxis(Axis):
         return steps
 
 
+RANKED = 4
+"""Passages that neurons are ranked on."""
+
+
 class ChannelAxis(Axis):
     """A twelfth of an MLP's neurons at a time, those that matter least first; the last twelfth stays."""
 
@@ -107,7 +112,7 @@ class ChannelAxis(Axis):
     words = "groups of MLP neurons"
 
     def __init__(self, model: PreTrainedModel, calibration: Tensor):
-        scores = channel_scores(model, calibration)
+        scores = channel_scores(model, calibration[:RANKED])
         self.order = [None if row is None else row.argsort().tolist() for row in scores]  # least first
         self.groups = [
             0 if row is None else max(1, (len(row) // 12) // 32 * 32 or len(row) // 12) for row in self.order
@@ -133,8 +138,8 @@ RANKS = (0.8, 0.6, 0.4, 0.25)
 class RankAxis(Axis):
     """The part of a sublayer's linear maps that stays, as two thin factors each; for sublayers that are not cut.
 
-    The factors are those of `low-rank`, made of what a layer reads in the original. The answer's recipe makes them
-    anew, of what it reads in the model that it cuts.
+    The factors are those of `low-rank`, made of what maps read in the original. The answer's recipe makes them anew, of
+    what they read in the model that it cuts.
     """
 
     name = "rank"
@@ -142,29 +147,18 @@ class RankAxis(Axis):
 
     def __init__(self, model: PreTrainedModel, calibration: Tensor):
         super().__init__(model, calibration)
-        self.parts = anatomy(model)
-        self.reads: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        with ExitStack() as hooks, torch.no_grad():
-            for layer in self.parts.layers:
-
-                def before(
-                    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = layer.index
-                ) -> None:
-                    self.reads[at] = args, kwargs
-
-                hooks.callback(layer.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            self.parts.base(calibration, use_cache=False)
-        self.there = [
-            (layer.index, sublayer)
-            for layer in self.parts.layers
-            for sublayer, there in (("attention", has_attention(layer)), ("mlp", has_mlp(layer)))
-            if there and any(isinstance(getattr(layer, role), nn.Linear | Conv1D) for role in ROLES[sublayer])
-        ]
-        self.made = lru_cache(maxsize=4)(self._factors)
+        maps = [each for each in linear_maps(anatomy(model), "all", self.name) if paying(each.weight) > 1]
+        self.maps = {
+            (i, sublayer): [each for each in maps if each.layer == i and each.role in roles]
+            for i in range(len(anatomy(model).layers))
+            for sublayer, roles in ROLES.items()
+            if any(each.layer == i and each.role in roles for each in maps)
+        }
+        self.bases = bases_on(model, maps, calibration)
 
     def steps(self, state: State) -> list[Step]:
         steps = []
-        for layer, sublayer in self.there:
+        for layer, sublayer in self.maps:
             if state.gone(layer, sublayer) or any((layer, kind) in state.keep for kind in UNITS[sublayer]):
                 continue
             part = next((part for part in RANKS if part < state.ranks.get((layer, sublayer), 1)), None)
@@ -172,11 +166,9 @@ class RankAxis(Axis):
                 steps.append(Step(self.name, f"rank {sublayer} {layer}: {part}", ranks={(layer, sublayer): part}))
         return steps
 
-    def _factors(self, layer: int, sublayer: str, keep: float) -> dict[str, nn.Module]:
-        args, kwargs = self.reads[layer]
-        maps = linear_maps(self.parts, sublayer, "search", {layer})
-        roots = input_roots(maps, lambda: self.parts.layers[layer].module(*args, **kwargs))
-        return factors(maps, roots, keep, Uniform())
+    def factors(self, layer: int, sublayer: str, keep: float) -> dict[str, nn.Module]:
+        """Path -> the factors of a sublayer's maps."""
+        return factors(self.maps[layer, sublayer], self.bases, keep, Uniform())
 
 
 NOTCHES = (0.75, 0.5, 0.35, 0.25, 0.18, 0.12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from foveate.compare.charts import frontier_chart, looks, walk_chart
 from foveate.compare.report import HERE as COMPARE
-from foveate.compare.report import page_script
-from foveate.errors import FoveateError
+from foveate.compare.report import page_script, write_page
 from foveate.search.axes import AXES
 
 if TYPE_CHECKING:
@@ -28,15 +26,7 @@ def write_report(result: SearchResult, out: Path) -> Path:
     Raises:
         FoveateError: the file can't be written.
     """
-    page = render(result)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(unfinished, out)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise FoveateError(f"The report can't be written to {out}: {error.strerror}. Name another place.") from error
-    return out
+    return write_page(render(result), out)
 
 
 def render(result: SearchResult) -> str:

@@ -119,7 +119,7 @@ class Live:
 
     Args:
         model: the original.
-        factors: layer, sublayer, keep -> path -> what stands in for a map there; called while the layer is whole.
+        factors: layer, sublayer, keep -> path -> what stands in for a map there.
     """
 
     def __init__(self, model: PreTrainedModel, factors: Callable[[int, str, float], dict[str, nn.Module]] = no_factors):
