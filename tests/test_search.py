@@ -10,7 +10,8 @@ import torch
 
 import foveate as fv
 from foveate.errors import FoveateError
-from foveate.models.surgery import Surgery, layer_parameters, undone
+from foveate.methods import changed
+from foveate.models.surgery import Surgery, cut, layer_parameters, undone
 from foveate.search import axes as axes_module
 from foveate.search import search
 from foveate.search.axes import AXES, AttentionAxis, CacheAxis, ChannelAxis, KvHeadAxis, LayerAxis, RankAxis
@@ -131,7 +132,65 @@ def test_maps_of_low_rank_are_found_and_the_answer_is_a_recipe(tiny, tmp_path):
     assert torch.equal(model(ids()).logits, whole)
     small = fv.thin(model, found.recipe, tokenizer=tokenizer)
     assert layer_parameters(small) / size == pytest.approx(found.amount, abs=1e-3)
+    page = (tmp_path / "report.html").read_text()
+    assert "40% in factors" in page and found.beside in page
     assert found.judged[1].amount == pytest.approx(found.amount, abs=1e-3)
+
+
+@torch.no_grad()
+def test_uneven_layers_have_the_same_size_live_and_by_the_recipe():
+    model, given = fv.tiny("qwen3"), ids()
+    cut(model, "channel", [torch.arange(count) for count in (64, 73, 82, 91)], Surgery())
+    cut(model, "kv_head", [torch.arange(count) for count in (2, 1, 2, 2)], Surgery())
+    axis = RankAxis(model, given)
+    for part in (0.8, 0.6, 0.4):
+        state = State({}, "", dict.fromkeys(axis.maps, part))
+        with undone(model):
+            live = Live(model, axis.factors)
+            live.show(state)
+            size = layer_parameters(model)
+            live.restore()
+        with fv.apply(model, state.beside, calibration=given):
+            assert layer_parameters(model) == size
+
+
+@pytest.mark.parametrize("axes", [["rank", "kv_head"], ["kv_head", "rank"]])
+def test_steps_that_shut_each_other_out_end_in_a_sentence_or_at_the_goal(tiny, axes):
+    model, tokenizer = tiny
+    try:
+        found = search(model, params=0.3, axes=axes, tokenizer=tokenizer, judged=False, **TINY)
+        assert found.amount <= 0.3
+    except FoveateError as error:
+        assert "no step saves any parameters in the layers" in str(error)
+    found = search(model, params=0.5, axes=axes, tokenizer=tokenizer, judged=False, **TINY)
+    assert found.amount <= 0.5
+
+
+def test_what_was_converted_is_left_as_it_is(tiny):
+    model, tokenizer = tiny
+    part = changed(model, "low-rank:keep=0.5,layers=0", calibration=ids())[0]
+    found = search(part, params=0.9, axes=["rank"], tokenizer=tokenizer, judged=False, **TINY)
+    assert found.ranks and all(layer > 0 for layer, _ in found.ranks)
+
+
+def test_another_text_is_what_recipes_are_prepared_on(tiny, monkeypatch):
+    model, tokenizer = tiny
+    seen = []
+    module = sys.modules["foveate.search"]
+    monkeypatch.setattr(module, "judge", lambda *given, calibration: seen.append(calibration) or [])
+    monkeypatch.setattr(module, "RANKING_TOKENS", 512)
+    for text in ("prose", "code"):
+        search(model, params=0.9, axes=["mlp"], tokenizer=tokenizer, text=text, **TINY)
+    assert seen[0] is None and seen[1].numel() == 512
+
+
+def test_another_text_to_rank_on_is_another_search(tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    asked = {"params": 0.97, "axes": ["rank"], "tokenizer": tokenizer, "judged": False, "out": tmp_path, **TINY}
+    search(model, **asked)
+    monkeypatch.setattr(sys.modules["foveate.search"], "RANKING_TOKENS", 512)
+    with pytest.raises(FoveateError, match="holds a search with another ranking text"):
+        search(model, **asked)
 
 
 def test_units_are_ranked_on_text_that_no_step_is_measured_on(tiny):
@@ -358,6 +417,7 @@ def test_a_speed_goal_is_reached_by_prediction_and_measured(tiny, tmp_path, monk
         ({"params": 0.8, "speed": 1.5}, r"2 were given \(params, speed\)"),
         ({"params": 1.2}, r"params=1.2 is outside \(0, 1\)"),
         ({"speed": 0.9}, "speed=0.9 is not above 1"),
+        ({"speed": 1.5, "axes": ["mlp", "rank"]}, "leave rank out"),
         ({"speed": 1.5, "phase": "decoding"}, "there is no phase 'decoding'"),
         ({"memory": "4 apples"}, "memory=4 apples is no size"),
         ({"params": 0.8, "axes": ["atention"]}, "there is no axis called 'atention': did you mean attention"),

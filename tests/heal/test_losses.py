@@ -165,12 +165,11 @@ def test_several_texts_give_as_much_each_as_far_as_they_reach(tmp_path):
     assert (rows[:8] == a).all() and (rows[8:] == b).all()
 
 
-def test_a_long_text_is_read_in_parts_and_none_of_it_is_lost(tmp_path, monkeypatch):
+def test_a_long_text_is_read_in_parts_as_if_it_were_one(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["foveate.heal.text"], "PART", 20)
-    text = "".join(f"line {i}{chr(10) * (1 + i % 2)}" for i in range(2000))
+    text = "".join(f"line {i}{'.' * (i % 3 > 1)}{chr(10) * (1 + i % 4)}{' ' * (i % 5)}" for i in range(2000))
     (tmp_path / "a.txt").write_text(text)
-    teacher = fv.tiny("llama", num_hidden_layers=1)
-    tokenizer = fv.tiny_tokenizer()
+    teacher, tokenizer = fv.tiny("llama", num_hidden_layers=1), smollm2[1]
     with Show(False) as show:
         job = Job(teacher, teacher, lambda: tokenizer, None, 1, show)
         rows = sequences(job, str(tmp_path / "a.txt"), 512, 32, 0, 0)

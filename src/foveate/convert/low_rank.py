@@ -111,12 +111,18 @@ def factors(maps: Sequence[LinearMap], bases: Mapping[str, Basis], keep: float, 
         keep: the fraction of the maps' parameters that stays.
         budget: how ranks are spread.
     """
-    ranks = ranks_for(maps, [bases[each.path][1] for each in maps], keep, budget)
-    return {
-        each.path: factorised(each, bases[each.path][0][:, :rank])
-        for each, rank in zip(maps, ranks, strict=True)
-        if rank < paying(each.weight)
-    }
+    # The same fraction of each layer depends on no other layer, whatever their widths.
+    layers = sorted({each.layer for each in maps}) if isinstance(budget, Uniform) else [None]
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        these = [each for each in maps if layer is None or each.layer == layer]
+        ranks = ranks_for(these, [bases[each.path][1] for each in these], keep, budget)
+        found |= {
+            each.path: factorised(each, bases[each.path][0][:, :rank])
+            for each, rank in zip(these, ranks, strict=True)
+            if rank < paying(each.weight)
+        }
+    return found
 
 
 PASSAGE = 512

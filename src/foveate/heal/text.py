@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from foveate.models.anatomy import anatomy
 
 CACHE_BYTES = 24 * 2**30
 """Memory that the caches of texts that are sampled together may take on a GPU."""
+BLANK = re.compile(r"(?<=[^\W_])\n\n")
+"""Where a text is cut into parts: a blank line after a letter or a digit."""
 PART = 100_000
 """Characters of a text, at least, that the tokenizer reads in one go."""
 
@@ -86,10 +89,14 @@ def _read(job: Job, data: str, count: int) -> Tensor:
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids (n,): a long text is cut at blank lines, and its parts go through the tokenizer side by side."""
+    """Token ids (n,): a long text is cut at blank lines, and its parts go through the tokenizer side by side.
+
+    Byte-level tokenizers give what they would of the whole: they join no letter with the line break behind it. One
+    that begins a text with a token of its own does so in every part.
+    """
     starts = [0]
-    while (blank := text.find("\n\n", starts[-1] + PART)) > 0:
-        starts.append(blank)
+    while blank := BLANK.search(text, starts[-1] + PART):
+        starts.append(blank.start())
     parts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
     ids = torch.empty(0, dtype=torch.long)
     for first in range(0, len(parts), 256):  # as Python's numbers, all at once would fill the memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class SearchResult:
         judged: the full model, the answer, and single techniques at the same budget, on evaluation text; empty where
             that was not asked for.
         measured: of a speed goal, the measured speed-up (`value`, `low`, `high`); else None.
+        ranks: (layer, `attention` or `mlp`) -> the part of its maps' parameters that stays in factors.
         out: the folder, or None.
     """
 
@@ -74,6 +75,7 @@ class SearchResult:
     start: float
     judged: Sequence[Judged] = ()
     measured: dict[str, float] | None = None
+    ranks: Mapping[tuple[int, str], float] = field(default_factory=dict)
     out: Path | None = None
     setting: dict[str, Any] = field(default_factory=dict)
 
@@ -230,6 +232,8 @@ def search(
     chosen = chosen_axes(list(AXES_OF[name] if axes is None else axes))
     if speed is not None:
         Speed.check(speed, phase)
+        if RankAxis in chosen:
+            raise FoveateError("what factors take in time can't be predicted: leave rank out of a speed goal's axes.")
     if calibration_tokens < 16 or evaluation_tokens < 16:
         raise FoveateError("a search needs at least 16 tokens of calibration text, and of evaluation text.")
     title = model_name(model) if isinstance(model, PreTrainedModel) else str(model)
@@ -242,11 +246,13 @@ def search(
         goal = Memory.of(model, memory, context)
     source = load_text(text)
     ids = passages(model, tokenizer, source.calibration, calibration_tokens)
+    others = rest(model, tokenizer, source.calibration, ids, RANKING_TOKENS)
     folder = None if out is None else _folder(Path(out))
     # What determines a measurement: a search with another goal goes on from the same ones.
     setting: dict[str, Any] = {
         "model": fingerprint(model),
         "text": text_digest(ids),
+        "ranking text": text_digest(others),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     training = model.training
@@ -258,7 +264,6 @@ def search(
                 times = _times(model, ids, phase, folder, shown)
                 goal = Speed.of(model, speed, phase, times)
             shown.say("ranking units")
-            others = rest(model, tokenizer, source.calibration, ids, RANKING_TOKENS)
             live_axes = [axis(model, others) for axis in chosen]
             start = goal.amount(model)
             with undone(model):
@@ -283,7 +288,13 @@ def search(
                 task.check(bench)
                 shown.say("reading evaluation text")
                 rows = judge(
-                    bench, goal, plan, state.beside, task, lambda what: shown.say(f"reading evaluation text: {what}")
+                    bench,
+                    goal,
+                    plan,
+                    state.beside,
+                    task,
+                    lambda what: shown.say(f"reading evaluation text: {what}"),
+                    calibration=None if text == "prose" else others,
                 )
                 if speed is not None:
                     shown.say("measuring the speed")
@@ -293,7 +304,7 @@ def search(
     setting |= {"goal": words, "axes": [axis.name for axis in chosen]}
     setting |= {"calibration tokens": ids.numel(), "evaluation tokens": evaluation_tokens, "text": text}
     result = SearchResult(
-        title, goal, plan, state.beside, recipe, steps, start, rows, measured, folder, setting=setting
+        title, goal, plan, state.beside, recipe, steps, start, rows, measured, state.ranks, folder, setting
     )
     if folder is not None:
         _put(folder / "result.json", json.dumps(result.to_json(), indent=1) + "\n")
@@ -324,7 +335,7 @@ def _starts(tokens: int, number: int, length: int) -> list[int]:
 def rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, taken: Tensor, count: int) -> Tensor:
     """Up to `count` tokens of a text that stand in none of the passages taken from it: (passages, length).
 
-    Where the text has nothing else, those passages themselves.
+    Where the text has less than a passage besides, those passages themselves.
 
     Args:
         taken: what `passages` gave for that text.
@@ -335,8 +346,8 @@ def rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, 
     for start in _starts(len(ids), number, width):
         left[start : start + width] = False
     ids = ids[left][:count]
-    length = min(PASSAGE, anatomy(model).max_positions, max(1, len(ids)))
-    return ids[: len(ids) // length * length].view(-1, length).to(model.device) if len(ids) >= 16 else taken
+    length = min(PASSAGE, anatomy(model).max_positions, count)
+    return ids[: len(ids) // length * length].view(-1, length).to(model.device) if len(ids) >= length else taken
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

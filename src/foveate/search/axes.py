@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.convert.low_rank import bases_on, factors, paying
-from foveate.convert.maps import ROLES, linear_maps
+from foveate.convert.low_rank import bases_on, factors
+from foveate.convert.maps import ROLES, LinearMap, linear_maps
 from foveate.errors import FoveateError
 from foveate.methods import Recipe
 from foveate.models.anatomy import anatomy
 from foveate.models.surgery import has_mlp, unit_counts
 from foveate.plans import Uniform
-from foveate.search.states import SUBLAYER, State, Step
+from foveate.search.states import SUBLAYER, Place, State, Step
 from foveate.specs import nearest
 
 
@@ -33,7 +34,8 @@ class Axis(ABC):
     def __init__(self, model: PreTrainedModel, calibration: Tensor):
         """Args: the model as it is, and token ids (batch, length) that an axis may rank its units on.
 
-        No step is measured on that text: factors, say, fit the tokens that they were made of better than others.
+        Where the text has enough, no step is measured on it: factors, say, fit the tokens that they were made of
+        better than others.
         """
         self.model = model
 
@@ -147,14 +149,11 @@ class RankAxis(Axis):
 
     def __init__(self, model: PreTrainedModel, calibration: Tensor):
         super().__init__(model, calibration)
-        maps = [each for each in linear_maps(anatomy(model), "all", self.name) if paying(each.weight) > 1]
-        self.maps = {
-            (i, sublayer): [each for each in maps if each.layer == i and each.role in roles]
-            for i in range(len(anatomy(model).layers))
-            for sublayer, roles in ROLES.items()
-            if any(each.layer == i and each.role in roles for each in maps)
-        }
-        self.bases = bases_on(model, maps, calibration)
+        self.maps: dict[Place, list[LinearMap]] = {}
+        for layer, sublayer in itertools.product(range(len(anatomy(model).layers)), ROLES):
+            with suppress(FoveateError):  # it has left, or was converted
+                self.maps[layer, sublayer] = linear_maps(anatomy(model), sublayer, self.name, {layer})
+        self.bases = bases_on(model, [each for maps in self.maps.values() for each in maps], calibration)
 
     def steps(self, state: State) -> list[Step]:
         steps = []

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from foveate.claims import Stream
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
@@ -93,35 +95,45 @@ def judge(
     task: Perplexity,
     progress: Callable[[str], None] = lambda what: None,
     names: list[str] | None = None,
+    calibration: Tensor | None = None,
 ) -> list[Judged]:
     """The full model, the search's answer, and each single technique, on the evaluation text of `bench`.
 
     Args:
         names: techniques to hold the answer against; all that `rivals` finds where None.
+        calibration: what recipes are prepared on, as of `apply`.
     """
     whole = goal.amount(bench.model)
     rows = [
         _read(bench, goal, Recipe.of("full"), task, "full"),
-        _read(bench, goal, answer(plan, beside), task, "search"),
+        _read(bench, goal, answer(plan, beside), task, "search", calibration),
     ]
     reached = rows[1].amount
     for name, make in rivals(goal).items():
         if names is None or name in names:
             progress(name)
-            rows.append(_rival(bench, goal, make, task, reached, whole))
+            rows.append(_rival(bench, goal, make, task, reached, whole, calibration))
     return rows
 
 
-def _read(bench: Bench, goal: Goal, recipe: Recipe, task: Perplexity, name: str) -> Judged:
+def _read(
+    bench: Bench, goal: Goal, recipe: Recipe, task: Perplexity, name: str, calibration: Tensor | None = None
+) -> Judged:
     share = cache_share(recipe.methods[-1].to_text()) if recipe.methods[-1].role == "cache" else 1.0
-    with apply(bench.model, recipe, context=task.context, tokenizer=bench.tokenizer):
+    with apply(bench.model, recipe, context=task.context, calibration=calibration, tokenizer=bench.tokenizer):
         amount = goal.amount(bench.model, share)
         blocks = task.run(bench).artifacts["blocks"]
     return Judged(name, amount, Stream(blocks["nll"], blocks["tokens"]))
 
 
 def _rival(
-    bench: Bench, goal: Goal, make: Callable[[float], Method], task: Perplexity, target: float, whole: float
+    bench: Bench,
+    goal: Goal,
+    make: Callable[[float], Method],
+    task: Perplexity,
+    target: float,
+    whole: float,
+    calibration: Tensor | None,
 ) -> Judged:
     """A technique at the largest `keep` that comes down to the amount that the search reached."""
     low, high, keep = 0.0, 1.0, round(target / whole, 4)
@@ -131,7 +143,7 @@ def _rival(
         recipe = Recipe((method,))
         share = float(getattr(method, "keep", 1.0)) if method.role == "cache" else 1.0
         try:
-            with apply(bench.model, recipe, context=task.context, tokenizer=bench.tokenizer):
+            with apply(bench.model, recipe, context=task.context, calibration=calibration, tokenizer=bench.tokenizer):
                 amount = goal.amount(bench.model, share)
                 if target - NEAR * whole <= amount <= target + OVER * whole:
                     blocks = task.run(bench).artifacts["blocks"]

@@ -132,6 +132,7 @@ def _layers(result: SearchResult) -> list[dict[str, Any]]:
     """For each layer what stays of its attention and of its MLP, as fractions, with words."""
     plan = result.plan
     number = max((len(rows) for kind, rows in plan.keep.items() if kind != "hidden"), default=0)
+    number = max([number, *(layer + 1 for layer, _ in result.ranks)])
 
     def stays(layer: int, whole: str, part: str) -> dict[str, Any]:
         for kind in (whole, part):
@@ -139,6 +140,8 @@ def _layers(result: SearchResult) -> list[dict[str, Any]]:
                 kept, count = len(plan.keep[kind][layer]), plan.counts[kind][layer]
                 words = "gone" if kind == whole or not kept else f"{kept} of {count}"
                 return {"share": 0.0 if words == "gone" else kept / count, "words": words}
+        if (layer, whole) in result.ranks:
+            return {"share": result.ranks[layer, whole], "words": f"{result.ranks[layer, whole]:.0%} in factors"}
         return {"share": 1.0, "words": "all"}
 
     return [

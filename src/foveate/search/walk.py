@@ -158,12 +158,13 @@ def walk(
         for i, step in enumerate(new):
             measure(step, len(new) - 1 - i)
         for i in range(TRIES):
-            best = min(steps, key=rate)
-            if known[best].after == len(taken):
+            best = min(steps, key=rate, default="")
+            if not best or known[best].after == len(taken):
                 break
             measure(steps[best], TRIES - 1 - i)
-        best = min((name for name in steps if known[name].after == len(taken)), key=rate)
-        if rate(best) == float("inf"):
+        tried = [name for name in steps if known[name].after == len(taken)]
+        best = min(tried, key=rate, default="")
+        if not best or rate(best) == float("inf"):
             raise FoveateError(f"no step saves any {goal.axis} at {goal.words(amount)}: ask for less, or add axes.")
         step, found = steps[best], known[best]
         state = step.after(state)
@@ -181,12 +182,19 @@ def walk(
 
 
 def lowest(live: Live, goal: Goal, axes: Sequence[Axis]) -> float:
-    """The amount where every step has been taken that the axes have."""
-    state = State()
-    for axis in axes:
-        while steps := axis.steps(state):
-            state = steps[0].after(state)
-    live.show(state)
-    floor = goal.amount(live.model, cache_share(state.cache))
+    """The amount where every step has been taken that the axes have.
+
+    A sublayer is cut or factorised, not both, so that what goes first decides: both orders are tried, after the axes
+    that take whole sublayers.
+    """
+    floors = []
+    whole, ranks = ("attention", "mlp", "layer"), ("rank",)
+    for last in (ranks, ()):
+        state = State()
+        for axis in sorted(axes, key=lambda axis: (axis.name not in whole, (axis.name in ranks) == (last == ranks))):
+            while steps := axis.steps(state):
+                state = steps[0].after(state)
+        live.show(state)
+        floors.append(goal.amount(live.model, cache_share(state.cache)))
     live.show(State())
-    return floor
+    return min(floors)
