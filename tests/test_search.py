@@ -193,6 +193,14 @@ def test_another_text_to_rank_on_is_another_search(tiny, tmp_path, monkeypatch):
         search(model, **asked)
 
 
+def test_a_single_technique_keeps_as_much_as_the_budget_allows(tiny):
+    """Two more sublayers less would be within the margin, too, and no fair comparison."""
+    model, tokenizer = fv.tiny("llama", num_hidden_layers=8, intermediate_size=1024), fv.tiny_tokenizer()
+    found = search(model, params=0.98, axes=["attention"], tokenizer=tokenizer, **TINY)
+    (row,) = [row for row in found.judged if row.recipe.startswith("drop-attention")]
+    assert row.amount == pytest.approx(found.amount) and row.perplexity is not None
+
+
 def test_units_are_ranked_on_text_that_no_step_is_measured_on(tiny):
     from foveate.data.text import load_text
     from foveate.search import passages, rest

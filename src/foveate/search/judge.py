@@ -25,6 +25,8 @@ NEAR = 0.02
 """How far below the goal's amount a technique may land and still count as one at the same budget."""
 OVER = 0.005
 """And how far above it."""
+CLOSE = 0.002
+"""How near it is taken at once; else what keeps more, or is nearer, is looked for."""
 
 
 @dataclass(frozen=True)
@@ -138,29 +140,45 @@ def _rival(
     """A technique at the largest `keep` that comes down to the amount that the search reached."""
     low, high, keep = 0.0, 1.0, round(target / whole, 4)
     best: Judged | None = None
-    for _ in range(7):
+    refused: Judged | None = None
+    for _ in range(8):
         method = make(keep)
         recipe = Recipe((method,))
         share = float(getattr(method, "keep", 1.0)) if method.role == "cache" else 1.0
         try:
             with apply(bench.model, recipe, context=task.context, calibration=calibration, tokenizer=bench.tokenizer):
                 amount = goal.amount(bench.model, share)
-                if target - NEAR * whole <= amount <= target + OVER * whole:
+                if abs(amount - target) <= CLOSE * whole:
                     blocks = task.run(bench).artifacts["blocks"]
                     return Judged(recipe.to_text(), amount, Stream(blocks["nll"], blocks["tokens"]))
         except FoveateError as error:
-            best = best or Judged(recipe.to_text(), whole, None, str(error))
+            refused = Judged(recipe.to_text(), whole, None, str(error))
             low = keep  # it can't keep so little
         else:
-            if best is None or best.note or abs(amount - target) < abs(best.amount - target):
-                best = Judged(recipe.to_text(), amount, None, f"does not come to this budget: {goal.words(amount)}")
+            here = Judged(recipe.to_text(), amount, None, f"does not come to this budget: {goal.words(amount)}")
+            if best is None or _nearer(here, best, target, whole):
+                best = here
             if amount > target:
                 high = keep
             else:
                 low = keep
         keep = round((low + high) / 2, 4)
-    assert best is not None
+    if best is None:
+        assert refused is not None
+        return refused
+    if target - NEAR * whole <= best.amount <= target + OVER * whole:
+        return _read(bench, goal, Recipe.of(best.recipe), task, best.recipe, calibration)
     return best
+
+
+def _nearer(one: Judged, other: Judged, target: float, whole: float) -> bool:
+    """Whether an amount is the better one to be judged at: as much as the budget allows, else the nearest."""
+
+    def rank(judged: Judged) -> tuple[bool, float]:
+        inside = target - NEAR * whole <= judged.amount <= target + OVER * whole
+        return not inside, -judged.amount if inside else abs(judged.amount - target)
+
+    return rank(one) < rank(other)
 
 
 def speeds(bench: Bench, plan: Plan, beside: str, phase: str, prompt: int, tokens: int) -> dict[str, Any]:
