@@ -125,7 +125,8 @@ def test_the_command_writes_a_folder_with_a_card(folder, tmp_path, quick):
     card = (out / "README.md").read_text()
     assert "flap:keep=0.8" in card and "perplexity on prose" in card and "2048" in card
     scores = dict(json.loads((out / "foveate.json").read_text())["scores"])
-    assert {kind: len(means) for kind, means in scores.items()} == {"kv_head": 4, "channel": 4}
+    assert {kind: len(layers) for kind, layers in scores.items()} == {"kv_head": 4, "channel": 4}
+    assert all(low < middle < high for low, middle, high in scores["channel"])
     assert "- channel: " in card.replace("\\", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]  # nothing is left beside it
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +96,7 @@ def thin(
         recipe=recipe.to_text(),
         shape="plain" if is_plain(small) else "irregular",
         plans=[plan.describe() for plan in plans],
-        scores=[(score.kind, _layer_means(score)) for plan in plans for score in plan.scores],
+        scores=[(score.kind, _spread(score)) for plan in plans for score in plan.scores],
         text=_text_used(calibration, report),
         heal={"how": report.spec, "tokens": report.tokens, "seconds": round(report.seconds)} if report.tokens else {},
         versions={"foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -105,9 +104,13 @@ def thin(
     return _saving(small, story, tokenizer or known_tokenizer(model))
 
 
-def _layer_means(score: UnitScores) -> list[float | None]:
-    """The mean score of each layer's units; None where it has none that were scored."""
-    return [None if math.isnan(mean) else mean for mean in score.scores.float().nanmean(dim=1).tolist()]
+def _spread(score: UnitScores) -> list[list[float] | None]:
+    """The lowest, the median and the highest score of each layer's units; None where none was scored.
+
+    No mean: scores that are standardised within a layer have the same one everywhere.
+    """
+    rows = [row[~row.isnan()].double() for row in score.scores]
+    return [[float(f(row)) for f in (torch.min, torch.median, torch.max)] if len(row) else None for row in rows]
 
 
 def _text_used(calibration: Tensor | None, report: HealReport) -> dict[str, str]:

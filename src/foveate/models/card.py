@@ -26,8 +26,8 @@ class Story:
         recipe: what was done to it, as text.
         shape: "plain" or "irregular", as `save` returns it.
         plans: for each plan that was carried out, what it says in a few words (`Plan.describe`).
-        scores: as pruners found them, one after the other: kind of unit, and the mean score of each layer's units (None
-            where it has none).
+        scores: as pruners found them, one after the other: kind of unit, and of each layer's units the lowest, the median
+            and the highest score (None where it has none).
         text: what was read on the way, use -> text, such as "calibration" -> "prose, 2,048 tokens".
         heal: how it was healed, name -> value; empty: it was not.
         before, after: figures of the original and of this model, name -> `Metric.to_json()`.
@@ -40,7 +40,7 @@ class Story:
     recipe: str
     shape: str
     plans: Sequence[str] = ()
-    scores: Sequence[tuple[str, Sequence[float | None]]] = ()
+    scores: Sequence[tuple[str, Sequence[Sequence[float] | None]]] = ()
     text: Mapping[str, str] = field(default_factory=dict)
     heal: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def card(story: Story) -> str:
         "[foveate](https://pypi.org/project/foveate/).",
         _how_to_open(story),
         _list("What was cut", [_text(plan) for plan in story.plans]),
-        _list("Scores, the mean of each layer", [_scores(kind, means) for kind, means in story.scores]),
+        _list("Scores of each layer's units: lowest, median, highest", [_scores(*each) for each in story.scores]),
         _list("Text that was read", [f"{_text(use)}: {_text(text)}" for use, text in story.text.items()]),
         _list("Healing", [f"{_text(name)}: {_text(value)}" for name, value in story.heal.items()]),
         _figures(story),
@@ -123,8 +123,9 @@ def _list(title: str, items: Sequence[str]) -> str:
     return "\n".join([f"## {title}", "", *(f"- {item}" for item in items)]) if items else ""
 
 
-def _scores(kind: str, means: Sequence[float | None]) -> str:
-    return f"{_text(kind)}: {', '.join('none' if mean is None else _text(f'{mean:.3g}') for mean in means)}"
+def _scores(kind: str, layers: Sequence[Sequence[float] | None]) -> str:
+    words = ["none" if row is None else " ".join(f"{each:.3g}" for each in row) for row in layers]
+    return _text(f"{kind}: {', '.join(words)}")
 
 
 def _figures(story: Story) -> str:
