@@ -26,8 +26,8 @@ class Story:
         recipe: what was done to it, as text.
         shape: "plain" or "irregular", as `save` returns it.
         plans: for each plan that was carried out, what it says in a few words (`Plan.describe`).
-        scores: as pruners found them, one after the other: kind of unit, and of each layer's units the lowest, the median
-            and the highest score (None where it has none).
+        scores: as pruners found them, one after the other: kind of unit, and of each layer's units the lowest, the
+            median and the highest score (None where it has none).
         text: what was read on the way, use -> text, such as "calibration" -> "prose, 2,048 tokens".
         heal: how it was healed, name -> value; empty: it was not.
         before, after: figures of the original and of this model, name -> `Metric.to_json()`.
