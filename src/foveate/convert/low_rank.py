@@ -87,10 +87,11 @@ class LowRank(Converter):
         check_which(self.maps, self.name)
 
     def converted(self, target: Target) -> dict[str, nn.Module]:
+        parts = anatomy(target.model)
+        layers = numbers(self.layers, len(parts.layers), self.name)
         if self.keep == 1:
             return {}
-        parts = anatomy(target.model)
-        maps = linear_maps(parts, self.maps, self.name, numbers(self.layers, len(parts.layers), self.name))
+        maps = linear_maps(parts, self.maps, self.name, layers)
         if self.aware:
             bases = bases_on(target.model, maps, in_passages(target.calibration(self.tokens)))
         else:

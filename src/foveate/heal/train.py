@@ -183,9 +183,9 @@ class Trained(Heal):
 
         with _compiled(objective, self.compile and device.type == "cuda"), _interrupts(job) as stop:
             while (done := part()) < 1:
-                if stop.is_set():
+                if stop.is_set() and job.work is not None:
                     look()
-                    checkpoint.save(job.work, state, trained, optimizer)  # type: ignore[arg-type]
+                    checkpoint.save(job.work, state, trained, optimizer)
                     job.show.say(f"stopped at step {state.step:,}: the same call goes on from there")
                     raise KeyboardInterrupt
                 for group in optimizer.param_groups:

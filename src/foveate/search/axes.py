@@ -132,9 +132,10 @@ class ChannelAxis(Axis):
         return steps
 
 
-UNITS = {sublayer: [kind for kind, of in SUBLAYER.items() if of == sublayer] for sublayer in ("attention", "mlp")}
-
+UNITS = {sublayer: [kind for kind, of in SUBLAYER.items() if of == sublayer] for sublayer in ROLES}
+"""The kinds of unit that stand in a sublayer."""
 RANKS = (0.8, 0.6, 0.4, 0.25)
+"""The parts of its maps' parameters that a sublayer can come down to."""
 
 
 class RankAxis(Axis):

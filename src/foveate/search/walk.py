@@ -187,11 +187,13 @@ def lowest(live: Live, goal: Goal, axes: Sequence[Axis]) -> float:
     A sublayer is cut or factorised, not both, so that what goes first decides: both orders are tried, after the axes
     that take whole sublayers.
     """
+    whole = [axis for axis in axes if axis.name in ("attention", "mlp", "layer")]
+    ranks = [axis for axis in axes if axis.name == "rank"]
+    others = [axis for axis in axes if axis not in whole + ranks]
     floors = []
-    whole, ranks = ("attention", "mlp", "layer"), ("rank",)
-    for last in (ranks, ()):
+    for order in (whole + others + ranks, whole + ranks + others):
         state = State()
-        for axis in sorted(axes, key=lambda axis: (axis.name not in whole, (axis.name in ranks) == (last == ranks))):
+        for axis in order:
             while steps := axis.steps(state):
                 state = steps[0].after(state)
         live.show(state)
