@@ -133,7 +133,7 @@ def test_maps_of_low_rank_are_found_and_the_answer_is_a_recipe(tiny, tmp_path):
     small = fv.thin(model, found.recipe, tokenizer=tokenizer)
     assert layer_parameters(small) / size == pytest.approx(found.amount, abs=1e-3)
     page = (tmp_path / "report.html").read_text()
-    assert "40% in factors" in page and found.beside in page
+    assert "40% in factors" in page and found.beside in page and page.count("attention all") == len(model.model.layers)
     assert found.judged[1].amount == pytest.approx(found.amount, abs=1e-3)
 
 

@@ -30,7 +30,9 @@ from foveate.search.axes import RankAxis, chosen_axes
 from foveate.search.goals import AXES_OF, PROMPT, TOKENS, Goal, Memory, Params, Speed, Times, measure_times
 from foveate.search.judge import Judged, judge, speeds
 from foveate.search.loss import Loss
+from foveate.search.shown import Shown
 from foveate.search.states import Live
+from foveate.search.text import passages, rest
 from foveate.search.walk import Journal, Taken, walk
 from foveate.tasks.base import Bench
 from foveate.tasks.perplexity import Perplexity
@@ -40,12 +42,6 @@ __all__ = ["SearchResult", "search"]
 RANKING_TOKENS = 8192
 """Tokens of calibration text, at most, that axes rank their units on."""
 
-LINE_EVERY = 20.0
-"""Seconds between lines about the first round, where there is no terminal."""
-
-PASSAGE = 512
-"""Tokens of a passage of calibration text, where the text and the model allow as many."""
-
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -53,6 +49,7 @@ class SearchResult:
 
     Attributes:
         model: the model's name.
+        layers: how many it has.
         goal: what was asked for.
         plan: which units stay.
         beside: the recipe of what is no unit, low-rank factors and the cache; "" where there is nothing.
@@ -67,6 +64,7 @@ class SearchResult:
     """
 
     model: str
+    layers: int
     goal: Goal
     plan: Plan
     beside: str
@@ -258,7 +256,7 @@ def search(
     training = model.training
     model.eval()
     try:
-        with _Shown(show) as shown:
+        with Shown(show) as shown:
             journal = Journal(folder and folder / "steps.jsonl", setting)
             if speed is not None:
                 times = _times(model, ids, phase, folder, shown)
@@ -304,50 +302,24 @@ def search(
     setting |= {"goal": words, "axes": [axis.name for axis in chosen]}
     setting |= {"calibration tokens": ids.numel(), "evaluation tokens": evaluation_tokens, "text": text}
     result = SearchResult(
-        title, goal, plan, state.beside, recipe, steps, start, rows, measured, state.ranks, folder, setting
+        title,
+        len(anatomy(model).layers),
+        goal,
+        plan,
+        state.beside,
+        recipe,
+        steps,
+        start,
+        rows,
+        measured,
+        state.ranks,
+        folder,
+        setting,
     )
     if folder is not None:
         _put(folder / "result.json", json.dumps(result.to_json(), indent=1) + "\n")
         result.report(folder / "report.html")
     return result
-
-
-def passages(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int = PASSAGE
-) -> Tensor:
-    """About `count` tokens of a text in passages spread evenly over it: (passages, length), on the model's device.
-
-    Raises:
-        FoveateError: the text has fewer tokens than that.
-    """
-    length = min(length, count, anatomy(model).max_positions)
-    number = max(1, count // length)
-    tokens(text, tokenizer, number * length)  # or it says that the text is too short
-    ids = tokens(text, tokenizer)
-    starts = _starts(ids.shape[1], number, length)
-    return torch.cat([ids[:, start : start + length] for start in starts]).to(model.device)
-
-
-def _starts(tokens: int, number: int, length: int) -> list[int]:
-    return [(tokens - length) * i // max(1, number - 1) for i in range(number)]
-
-
-def rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, taken: Tensor, count: int) -> Tensor:
-    """Up to `count` tokens of a text that stand in none of the passages taken from it: (passages, length).
-
-    Where the text has less than a passage besides, those passages themselves.
-
-    Args:
-        taken: what `passages` gave for that text.
-    """
-    ids = tokens(text, tokenizer)[0]
-    left = torch.ones(len(ids), dtype=torch.bool)
-    number, width = taken.shape
-    for start in _starts(len(ids), number, width):
-        left[start : start + width] = False
-    ids = ids[left][:count]
-    length = min(PASSAGE, anatomy(model).max_positions, count)
-    return ids[: len(ids) // length * length].view(-1, length).to(model.device) if len(ids) >= length else taken
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -378,7 +350,7 @@ def _write(folder: Path | None, plan: Plan, beside: str) -> str | None:
     return recipe
 
 
-def _times(model: PreTrainedModel, ids: Tensor, phase: str, folder: Path | None, shown: _Shown) -> Times:
+def _times(model: PreTrainedModel, ids: Tensor, phase: str, folder: Path | None, shown: Shown) -> Times:
     """The times of the model's parts: those of the folder, so that a search that goes on has the same ones."""
     path = folder and folder / f"times-{phase}.json"
     if path is not None and path.exists():
@@ -391,56 +363,3 @@ def _times(model: PreTrainedModel, ids: Tensor, phase: str, folder: Path | None,
     if path is not None:
         _put(path, json.dumps(asdict(times)) + "\n")
     return times
-
-
-# ---- what is shown --------------------------------------------------------------------------------------------------
-
-
-class _Shown:
-    """A bar in a terminal, with the time left; otherwise a line for each step taken, and for what takes long."""
-
-    def __init__(self, show: bool):
-        self._console = Console(stderr=True, quiet=not show, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            *columns, console=self._console, transient=True, disable=not (show and self._console.is_terminal)
-        )
-        self._task = self._bar.add_task("foveate", total=1.0)
-        self._taken = 0
-        self._last = time.monotonic()
-
-    def __enter__(self) -> _Shown:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def say(self, what: str) -> None:
-        self._bar.update(self._task, description=what, completed=0)
-        self._line(what)
-
-    def _line(self, words: str) -> None:
-        if not self._bar.live.is_started:
-            self._last = time.monotonic()
-            self._console.print(words, markup=False, soft_wrap=True)
-
-    def done(self, fraction: float) -> None:
-        self._bar.update(self._task, completed=fraction)
-
-    def walked(self, goal: Goal, start: float, taken: list[Taken], measured: int, missing: int, rounds: int) -> None:
-        if taken:
-            last = taken[-1]
-            each = (measured - taken[0].measured) / max(1, len(taken) - 1)
-            if rounds >= 0:
-                left = missing + rounds * each
-                self._bar.update(self._task, completed=measured / (measured + left))
-            words = f"{goal.words(last.amount)}, loss {last.loss:.3g}"
-            self._bar.update(self._task, description=f"{len(taken)} steps: {words}")
-            if len(taken) > self._taken:
-                self._line(f"[{len(taken)}] {last.name}: {words}")
-            self._taken = len(taken)
-        else:
-            self._bar.update(self._task, description="measuring first steps", completed=measured / (measured + missing))
-            if time.monotonic() - self._last >= LINE_EVERY:
-                self._line(f"measuring first steps: {measured} of {measured + missing}")

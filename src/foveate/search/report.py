@@ -131,8 +131,6 @@ def _row(result: SearchResult, row: Any) -> dict[str, Any]:
 def _layers(result: SearchResult) -> list[dict[str, Any]]:
     """For each layer what stays of its attention and of its MLP, as fractions, with words."""
     plan = result.plan
-    number = max((len(rows) for kind, rows in plan.keep.items() if kind != "hidden"), default=0)
-    number = max([number, *(layer + 1 for layer, _ in result.ranks)])
 
     def stays(layer: int, whole: str, part: str) -> dict[str, Any]:
         for kind in (whole, part):
@@ -146,5 +144,5 @@ def _layers(result: SearchResult) -> list[dict[str, Any]]:
 
     return [
         {"index": i, "attention": stays(i, "attention", "kv_head"), "mlp": stays(i, "mlp", "channel")}
-        for i in range(number)
+        for i in range(result.layers if plan.keep or result.ranks else 0)
     ]
