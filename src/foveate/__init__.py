@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from foveate.methods import Method, Paper, Recipe, Target, UnitScores, apply, method
     from foveate.models.anatomy import Anatomy, Family, anatomy, register_family
     from foveate.models.load import load
+    from foveate.models.planted import planted
     from foveate.models.tiny import tiny, tiny_tokenizer
     from foveate.prune import Pruner
     from foveate.search import SearchResult, search
@@ -45,6 +46,7 @@ _HOMES = {
     "foveate.methods": ("Method", "Paper", "Recipe", "Target", "UnitScores", "apply", "method"),
     "foveate.models.anatomy": ("Anatomy", "Family", "anatomy", "register_family"),
     "foveate.models.load": ("load",),
+    "foveate.models.planted": ("planted",),
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
     "foveate.prune": ("Pruner",),
     "foveate.search": ("SearchResult", "search"),

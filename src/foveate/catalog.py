@@ -35,8 +35,8 @@ class Entry:
 
     Attributes:
         name, role, claim: as the method says.
-        kind: "method", named in recipes; "function", called as `foveate.<name>`; of a part of methods the field
-            that takes it, "budget" or "code".
+        kind: "method", named in recipes; "function", called as `foveate.<name>`; of a part what takes it, "budget",
+            "code", "heal" or "probe".
         fields: hyper-parameters and their defaults, as text; None: must be given.
         paper: None for common knowledge.
         verified: "holds", "fails", "needs device", "not yet" (there is an experiment that was not run), or
@@ -100,7 +100,7 @@ def _called(entry: Entry) -> str:
     """The name as one writes it: in a recipe, or as a call."""
     if entry.kind == "function":
         return f"fv.{entry.name}()"
-    return entry.name if entry.kind == "method" else f"{entry.kind}={entry.name}"
+    return entry.name if entry.kind in ("method", "probe") else f"{entry.kind}={entry.name}"
 
 
 def to_json(role: str | None = None, claims: Path | None = None) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from foveate.specs import Registry, Spec, split_outside, value_text
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
-ROOMS = ("cache", "convert", "depth", "heal", "prune", "steer")
+ROOMS = ("cache", "convert", "depth", "heal", "probes", "prune", "steer")
 """The packages under `foveate` that hold techniques, a room for each role."""
 
 CALIBRATION_TOKENS = 2048
@@ -196,9 +196,9 @@ def function(name: str, *, role: str, paper: Paper, claim: str) -> Callable[[F],
 
 
 class Part(Spec):
-    """A technique that is a field of methods: a budget, a coding. A role's own base class derives from it.
+    """A technique with a text form that is no method: a budget, a coding, a way to heal, a probe.
 
-    Class attributes: as of a method; `field`, the name of the field that takes it.
+    Class attributes: as of a method; `field`, the name of the field or argument that takes it.
     """
 
     role: ClassVar[str]
@@ -212,7 +212,7 @@ PARTS: list[Registry[Any]] = []
 
 
 def techniques() -> dict[str, type[Method] | type[Part] | Function]:
-    """All that was published and is here, by name: methods, functions, and parts of methods."""
+    """All that was published and is here, by name: methods, functions, and parts."""
     known: dict[str, Any] = {**METHODS.all(), **FUNCTIONS}
     for registry in PARTS:
         known |= registry.all()

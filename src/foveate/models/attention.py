@@ -58,14 +58,17 @@ def weights_of(call: Call, allowed: Tensor | None = None) -> Tensor:
     logits = (q @ call.key[:, :, None].transpose(-1, -2)).to(exact) * call.scaling
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    at = torch.arange(entries, device=q.device)
-    distance = at[-queries:, None] - at
-    seen = distance >= 0
-    if call.sliding_window is not None:
-        seen = seen & (distance < call.sliding_window)
+    seen = visible_to(entries, queries, call.sliding_window, q.device)
     if allowed is not None:
         seen = seen & allowed
     return logits.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+
+
+def visible_to(entries: int, queries: int, window: int | None, device: torch.device) -> Tensor:
+    """Which entries the last `queries` of them see, bool (query, entry): none that follow, none beyond the window."""
+    at = torch.arange(entries, device=device)
+    distance = at[-queries:, None] - at
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 Attention = Callable[[Call], Tensor]
