@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from foveate.models.load import load
     from foveate.models.planted import planted
     from foveate.models.tiny import tiny, tiny_tokenizer
+    from foveate.probes import Data, Probe, Reading, Watch, Watcher, probe
     from foveate.prune import Pruner
+    from foveate.read import Readings, read
     from foveate.search import SearchResult, search
     from foveate.tasks import Bench, Outcome, Task, task
     from foveate.thin import thin
@@ -48,7 +50,9 @@ _HOMES = {
     "foveate.models.load": ("load",),
     "foveate.models.planted": ("planted",),
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
+    "foveate.probes": ("Data", "Probe", "Reading", "Watch", "Watcher", "probe"),
     "foveate.prune": ("Pruner",),
+    "foveate.read": ("Readings", "read"),
     "foveate.search": ("SearchResult", "search"),
     "foveate.thin": ("thin",),
     "foveate.tasks": ("Bench", "Outcome", "Task", "task"),

@@ -180,6 +180,56 @@ def thin(
 
 
 @app.command()
+def read(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id.")],
+    probes: Annotated[
+        list[str] | None,
+        typer.Option(help="`sinks,induction`, with fields as in `sinks:alpha=4`; else those that are quick."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder, where a stopped reading goes on; else `runs/...`.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="What is read: `prose`, `code`, a file, `hub:NAME`.")] = "prose",
+    passage: Annotated[
+        Path | None, typer.Option(help="A text file: the page shows each head's attention over its start.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a passage of text.")] = 512,
+    passages: Annotated[int, typer.Option(help="Passages of each kind of text.")] = 4,
+    seed: Annotated[int, typer.Option(help="Decides what is drawn at random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
+) -> None:
+    """Show what a model's heads, layers and tokens do: a table, scores to spend, and a page."""
+    from rich.console import Console
+
+    from foveate.read import default_out
+    from foveate.read import read as run
+    from foveate.read.passage import passage_text
+    from foveate.specs import split_specs
+
+    chosen = [spec for each in probes for spec in split_specs(each)] if probes is not None else None
+    out = out or default_out(model)
+    try:
+        found = run(
+            model,
+            chosen,
+            out=out,
+            text=text,
+            passage=passage_text(passage),
+            length=length,
+            passages=passages,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
+    except KeyboardInterrupt:
+        print("foveate: stopped. The same command goes on with the probes that are missing.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    Console().print(found.table())
+    print(f"{found.summary()}\n\n{out / 'anatomy.html'}\n{out / 'reading.json'}")
+
+
+@app.command()
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Methods; all by default.")] = None,
     role: Annotated[str | None, typer.Option(help="Only this role: `cache`, `depth` or `prune`.")] = None,

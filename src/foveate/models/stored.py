@@ -38,6 +38,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def kin(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits that stay the same when layers, heads or channels of a model leave: of its embedding."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    flat = weight.detach().flatten()
+    some = flat[:: max(1, flat.numel() // (8 * SAMPLE))][: 8 * SAMPLE].to("cpu", torch.bfloat16)
+    return hashlib.sha256(str(tuple(weight.shape)).encode() + some.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
 def text_digest(ids: Tensor) -> str:
     """16 hexadecimal digits that change with the token ids."""
     return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -303,7 +303,7 @@ def heat_map(scores: UnitScores) -> str:
     low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
     cells = [
         f"<rect x='{12 * unit}' y='{12 * layer}' width='11' height='11' fill='#0d7bc4' "
-        f"fill-opacity='{0.06 + 0.94 * (value - low) / ((high - low) or 1):.2f}'><title>{scores.kind} {layer}.{unit}: "
+        f"fill-opacity='{0.06 + 0.94 * (value - low) / ((high - low) or 1):.2f}'><title>{html.escape(scores.kind)} {layer}.{unit}: "
         f"{value:.3g}</title></rect>"
         for layer, row in enumerate(values.tolist())
         for unit, value in enumerate(row)
@@ -327,6 +327,8 @@ def _finite(value: Any) -> Any:
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
+    if hasattr(value, "tolist"):  # of torch or NumPy
+        return _finite(value.tolist())
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     return value if value is None or isinstance(value, str | int | bool) else json.loads(json.dumps(value, default=str))
@@ -393,6 +395,16 @@ def clear_heads(
         for layer, unit in (scores.scores >= least).nonzero().tolist()
     ]
     return sorted(having, key=lambda each: -each.score)[:most]
+
+
+def counted(count: int, word: str) -> str:
+    """A count with its word, in the plural where it is not one.
+
+    Example:
+        >>> counted(1, "head"), counted(3, "head")
+        ('1 head', '3 heads')
+    """
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def named(units: Sequence[tuple[int, int]] | Sequence[Role], most: int = 6) -> str:

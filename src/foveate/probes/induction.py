@@ -97,9 +97,9 @@ class _Watch(Watch):
         ]
         found = {role: [r for r in roles if r.role == role] for role in ("induction", "previous token")}
         summary = (
-            f"{len(found['induction'])} heads continue what came before"
+            f"Heads that continue what came before: {len(found['induction'])}"
             + (f" ({named(found['induction'])})" if found["induction"] else "")
-            + f", and {len(found['previous token'])} look at the token before"
+            + f". Heads that look at the token before: {len(found['previous token'])}"
             + (f" ({named(found['previous token'])})." if found["previous token"] else ".")
         )
         best = {f"highest {name} score": Metric.exact(float(s.scores.max())) for name, s in scores.items()}
