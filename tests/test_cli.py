@@ -180,3 +180,75 @@ def test_catalog_says_what_was_verified_and_where(foveate):
 def test_verify_of_an_unknown_name_is_exit_code_2(foveate):
     code, _, err = foveate("verify", "h3o")
     assert code == 2 and "h2o" in err
+
+
+# ---- read -----------------------------------------------------------------------------------------------------------
+
+READ = ("--probes", "induction", "--length", "64", "--passages", "1")
+
+
+def test_read_ends_with_table_summary_and_paths(foveate, folder):
+    code, out, err = foveate("read", folder, *READ, "--out", "runs/r")
+    assert code == 0
+    assert "induction" in out and "No part is clear in any of the 16 heads." in out
+    assert out.splitlines()[-2:] == ["runs/r/anatomy.html", "runs/r/reading.json"]
+    assert "tokens through the model" in err and "induction: done" in err
+    assert {p.name for p in Path("runs/r").iterdir()} == {"anatomy.html", "reading.json"}
+    code, again, err = foveate("read", folder, *READ, "--out", "runs/r")
+    assert (code, again) == (0, out) and "1 of 1 probes are measured already" in err
+
+
+def test_read_finds_its_folder_without_out(foveate, folder):
+    assert foveate("read", folder, *READ)[0] == 0
+    assert Path("runs/tiny-llama-read/reading.json").exists()
+
+
+def test_a_passage_of_the_readers_own_is_on_the_page(foveate, folder):
+    Path("mine.txt").write_text("my own words", encoding="utf-8")
+    assert foveate("read", folder, *READ, "--passage", "mine.txt", "--out", "r")[0] == 0
+    assert '"tokens": ["m", "y", " ", "o"' in Path("r/anatomy.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--probes", "indction"], "did you mean induction"),
+        (["--probes", "induction:last=3"], "has no field 'last'"),
+        (["--passage", "absent.txt"], "can't be read"),
+        (["--passage", "binary"], "not UTF-8"),
+        (["--length", "8"], "at least 16 tokens"),
+        (["--passages", "0"], "1 passage or more"),
+        (["--text", "absent.txt"], "there is no text"),
+        (["--text", "short.txt"], "longer text"),
+        (["--out", "file"], "is a file"),
+        (["--out", "occupied"], "not empty"),
+        (["--dtype", "float7"], "float7"),
+        (["--device", "cuda:9"], "cuda:9"),
+    ],
+)
+def test_bad_input_to_read_is_a_sentence_with_nothing_written(foveate, folder, arguments, sentence):
+    Path("file").touch()
+    Path("binary").write_bytes(b"\xff\xfe\x00")
+    Path("short.txt").write_text("too short a text\n")
+    Path("occupied").mkdir()
+    Path("occupied/thesis.tex").touch()
+    before = sorted(Path().rglob("*"))
+    probes = [] if "--probes" in arguments else ["--probes", "induction"]
+    # A probe that reads the text itself says that it is too short; the others don't need it.
+    if "short.txt" in arguments:
+        probes = ["--probes", "layers"]
+    code, out, err = foveate("read", folder, *probes, *arguments)
+    assert code == 2 and out == "" and "Traceback" not in err
+    (line,) = err.splitlines()
+    assert line.startswith("foveate: ") and sentence in line
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_an_encoder_is_told_to_be_one(foveate, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    small = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertForMaskedLM(small).save_pretrained("bert")
+    tiny_tokenizer().save_pretrained("bert")
+    code, _, err = foveate("read", "bert", *READ, "--out", "r")
+    assert code == 2 and "is an encoder" in err and not Path("r").exists()

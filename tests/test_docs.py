@@ -23,8 +23,9 @@ from foveate.cache.coders import CODINGS
 from foveate.cli import app
 from foveate.compare import PROFILES
 from foveate.heal import HEALS
-from foveate.methods import FUNCTIONS, METHODS, Recipe
+from foveate.methods import FUNCTIONS, METHODS, Recipe, techniques
 from foveate.models.tiny import TINY_FAMILIES
+from foveate.probes.base import PROBES
 from foveate.specs import split_specs
 from foveate.tasks import TASKS
 
@@ -47,8 +48,8 @@ def command_lines(page: Path) -> list[list[str]]:
 @pytest.fixture
 def examples(monkeypatch, tmp_path):
     """The Python files that CONTRIBUTING.md shows, by name, as modules; forgotten again after the test."""
-    METHODS.all(), TASKS.all()
-    for registry in (METHODS, TASKS):
+    METHODS.all(), TASKS.all(), PROBES.all()
+    for registry in (METHODS, TASKS, PROBES):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     before, modules = dict(claims.CLAIMS), {}
     for text in blocks(ROOT / "CONTRIBUTING.md", "python"):
@@ -74,8 +75,10 @@ def test_every_command_line_parses(page, examples):
         for spec in [spec for each in given.get("tasks") or () for spec in split_specs(each)]:
             TASKS.parse(spec)
         assert given.get("profile", "quick") in PROFILES
-        assert {*(given.get("names") or ())} <= {*METHODS.all()}
-        assert given.get("role") in (None, *(cls.role for cls in METHODS.all().values()))
+        assert {*(given.get("names") or ())} <= {*techniques()}
+        for spec in [spec for each in given.get("probes") or () for spec in split_specs(each)]:
+            PROBES.parse(spec)
+        assert given.get("role") in (None, *(cls.role for cls in techniques().values()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -100,12 +103,16 @@ def test_contributing_shows_key_norm_as_it_is():
 
 
 def test_what_contributing_shows_works(examples):
-    method, test, task = examples
+    method, test, task, probe = examples
     assert doctest.testmod(method).attempted == 4
     test.test_the_smallest_keys_stay()
     bench = fv.Bench(fv.tiny("llama"), fv.tiny_tokenizer(), fv.load_text("prose"))
     right = task.NextToken(prompt=16, guesses=4).measure(bench, Recipe.of("key-norm:keep=0.5")).metrics["right"]
     assert 0 <= right.low <= right.value <= right.high <= 1
+    model = fv.planted()
+    focus = probe.Focus().measure(model, fv.Data.of(model, fv.tiny_tokenizer(), length=32, passages=1)).scores["focus"]
+    assert float(-focus.scores[1, 0]) == pytest.approx(1, abs=1e-3)  # it rests on the first token
+    assert float(-focus.scores[0, 0]) == pytest.approx(16.5, abs=1e-3)  # it looks at all of 1 to 32 tokens evenly
 
 
 def test_the_claim_that_contributing_shows_is_tried(examples, monkeypatch):
@@ -132,7 +139,7 @@ def test_every_function_budget_and_coding_stands_on_its_page():
         page = (ROOT / "docs" / f"{function.role}.md").read_text(encoding="utf-8")
         assert f"\n`fv.{name}()`\n" in page, f"docs/{function.role}.md says nothing of {name}"
         assert f"]({function.paper.url}), {function.paper.year}" in page
-    for name, cls in [*BUDGETS.all().items(), *CODINGS.all().items(), *HEALS.all().items()]:
+    for name, cls in [*BUDGETS.all().items(), *CODINGS.all().items(), *HEALS.all().items(), *PROBES.all().items()]:
         if cls.__module__.startswith("foveate."):
             page = (ROOT / "docs" / f"{cls.role}.md").read_text(encoding="utf-8")
             assert f"\n`{name}`\n" in page, f"docs/{cls.role}.md says nothing of {name}"
@@ -141,7 +148,11 @@ def test_every_function_budget_and_coding_stands_on_its_page():
 
 def test_every_module_but_those_of_a_page_of_their_own_stands_in_the_design():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    told = {cls.__module__ for registry in (METHODS, TASKS, BUDGETS, CODINGS, HEALS) for cls in registry.all().values()}
+    told = {
+        cls.__module__
+        for registry in (METHODS, TASKS, BUDGETS, CODINGS, HEALS, PROBES)
+        for cls in registry.all().values()
+    }
     source = ROOT / "src"
     for path in (source / "foveate").rglob("*.py"):
         if ".".join(path.relative_to(source).with_suffix("").parts) in told:

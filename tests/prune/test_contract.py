@@ -14,7 +14,7 @@ from foveate.prune import Pruner
 PRUNERS = sorted(
     name
     for name, cls in METHODS.all().items()
-    if issubclass(cls, Pruner) and cls.__module__.startswith("foveate.prune")
+    if issubclass(cls, Pruner) and cls.__module__.startswith("foveate.prune") and name != "scored"  # it needs a file
 )
 RECIPES = [
     *PRUNERS,

@@ -21,6 +21,7 @@ from foveate.measure.clock import alternated, timed
 from foveate.methods import Paper, function
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import Call, check_free, replaced_attention
+from foveate.models.caches import with_cache
 from foveate.tasks.base import Bench, passages, surprisal
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
@@ -73,7 +74,7 @@ class ChunkCache:
             # A cache that knows nothing of the layers' own windows keeps every entry.
             cache: Any = DynamicCache()
             with torch.no_grad():
-                self.parts.base(chunk.to(self.model.device), past_key_values=cache, use_cache=True)
+                self.parts.base(chunk.to(self.model.device), **with_cache(cache), use_cache=True)
             if sum(layer.is_initialized for layer in cache.layers) < len(self.parts.layers):
                 raise FoveateError("blend: some layers are skipped by a recipe in force: leave its block first.")
             made = [(layer.keys, layer.values) for layer in cache.layers]
@@ -165,12 +166,12 @@ def blend(
     first = rows[0].shape[1]
     with blending.in_force():
         logits = model(
-            ids[:, first:], past_key_values=blending.cache, use_cache=True, logits_to_keep=rows[-1].shape[1]
+            ids[:, first:], **with_cache(blending.cache), use_cache=True, logits_to_keep=rows[-1].shape[1]
         ).logits
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(blending.cache.entries):
         cache.update(keys, values, layer)
-    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+    return CausalLMOutputWithPast(logits=logits, **with_cache(cache))
 
 
 def one_row(ids: Tensor, what: str) -> Tensor:

@@ -25,6 +25,7 @@ from foveate.cache.policy_cache import PolicyCache
 from foveate.cache.slots import SlotCache, SlotLayer
 from foveate.errors import FoveateError
 from foveate.models.anatomy import Anatomy, anatomy
+from foveate.models.caches import with_cache
 
 _NAME = "foveate-loop"
 _LOOPS: weakref.WeakKeyDictionary[nn.Module, DecodeLoop] = weakref.WeakKeyDictionary()
@@ -174,7 +175,7 @@ class DecodeLoop:
         return logits
 
     def _step(self, sampled: bool) -> Tensor:
-        out = self.model(input_ids=self.ids, position_ids=self.cache.next, past_key_values=self.cache, use_cache=True)
+        out = self.model(input_ids=self.ids, position_ids=self.cache.next, **with_cache(self.cache), use_cache=True)
         logits: Tensor = out.logits[:, -1]
         if sampled:
             # The largest of p / e, where e is exponential, falls on each token with its probability p.

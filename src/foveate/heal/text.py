@@ -21,6 +21,7 @@ from foveate.heal import processes
 from foveate.heal.base import Job, reader
 from foveate.heal.checkpoint import unwritten
 from foveate.models.anatomy import anatomy
+from foveate.models.caches import with_cache
 
 CACHE_BYTES = 24 * 2**30
 """Memory that the caches of texts that are sampled together may take on a GPU."""
@@ -151,7 +152,7 @@ def _sample(teacher: PreTrainedModel, rows: int, length: int, seed: int) -> Tens
         ids[:, 0] = first
     cache = DynamicCache(config=teacher.config)
     for at in range(1, length):
-        logits = teacher(ids[:, at - 1 : at], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = teacher(ids[:, at - 1 : at], **with_cache(cache), use_cache=True).logits[:, -1].float()
         # The largest of logits plus Gumbel noise is a draw from their softmax, and needs no sum over the vocabulary.
         noise = torch.empty_like(logits).exponential_(generator=generator)
         torch.argmax(logits - noise.log_(), dim=-1, out=ids[:, at])

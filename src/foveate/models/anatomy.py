@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from foveate.errors import FoveateError
 from foveate.models.family import Family, families, register_family
@@ -190,6 +191,11 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         )
     config = model.config
     row = families().get(stock_type(config))
+    if row is None and is_encoder(config):
+        raise FoveateError(
+            f"{config.model_type} is an encoder: each of its tokens sees all others, and nothing is generated token "
+            "by token. foveate works on causal language models (decoders): give one, such as a Llama, Qwen or GPT-2."
+        )
     if row is None:
         raise unknown_family(model)
     layers = cast(nn.ModuleList, _part(model, row.layers, config))
@@ -216,6 +222,11 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         positions=row.positions,
         qkv_layout=row.qkv_layout,
     )
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a configuration is that of a masked language model, and not told to be a decoder."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def stock_type(config: Any) -> str:

@@ -9,11 +9,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from foveate.errors import FoveateError
 from foveate.models.anatomy import anatomy
+
+CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
+"""What models call the argument that is the cache."""
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """A cache as an argument of a model's forward, under the name that this version of transformers has for it.
+
+    Example:
+        >>> import torch, foveate as fv
+        >>> model, ids = fv.tiny("llama"), torch.arange(1, 11).unsqueeze(0)
+        >>> cache = model(ids, use_cache=True).past_key_values
+        >>> model(ids, **with_cache(cache)).past_key_values.get_seq_length()
+        20
+    """
+    return {CACHE: cache}
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -79,7 +97,8 @@ def replaced_cache(
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if args:  # only the token ids are ever positional
             kwargs = {**kwargs, "input_ids": args[0]}
-        cache: Any = kwargs.get("past_key_values")
+        name = next((each for each in ("cache", "past_key_values") if each in kwargs), CACHE)
+        cache: Any = kwargs.get(name)
         use_cache = kwargs.get("use_cache")
         if cache is None and (model.config.use_cache if use_cache is None else use_cache):
             cache = make()
@@ -93,7 +112,7 @@ def replaced_cache(
                 )
             stand_ins[cache] = cache = make()
         before(cache, kwargs)
-        return (), {**kwargs, "past_key_values": cache}
+        return (), {**kwargs, name: cache}
 
     decoder = anatomy(model).base
     handles = [

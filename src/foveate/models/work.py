@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from foveate.models.anatomy import anatomy
-from foveate.models.caches import cache_bytes
+from foveate.models.caches import cache_bytes, with_cache
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def step_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     held = cache_bytes(cache)
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     try:
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(ids[:, -1:], **with_cache(cache), use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()

@@ -34,13 +34,14 @@ class SharingAttention(RotaryAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # what transformers calls it from 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         query = rotated(self.heads_of(hidden_states, "q"), *position_embeddings)
         key = rotated(self.heads_of(hidden_states, "k"), *position_embeddings)
         value = self.heads_of(hidden_states, "v")
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := past_key_values if cache is None else cache) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         self._shared = [(query, key)] * self.echoes
         out, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.flatten(-2)), weights
@@ -93,13 +94,14 @@ class EchoAttention(RotaryAttention):
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # what transformers calls it from 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         assert isinstance(self._source, tuple)  # tied
         query, key = self._source[0].hand_over(self.layer_idx)
         value = self.heads_of(hidden_states, "v")
-        if past_key_values is not None:
+        if (cache := past_key_values if cache is None else cache) is not None:
             mark = value.new_zeros(*value.shape[:-1], 1)
-            _, value = past_key_values.update(mark, value, self.layer_idx)
+            _, value = cache.update(mark, value, self.layer_idx)
         out, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.flatten(-2)), weights

@@ -51,6 +51,7 @@ class LatentAttention(RotaryAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # what transformers calls it from 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         half = self.head_dim // 2
@@ -58,8 +59,8 @@ class LatentAttention(RotaryAttention):
         cos, sin = position_embeddings
         key = rotated(self._k_latent(hidden_states), cos[..., both], sin[..., both])
         value = self.v_down(hidden_states)[:, None]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := past_key_values if cache is None else cache) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         query = rotated(self.heads_of(hidden_states, "q"), cos, sin)
         # Re(conj(q) u z) = Re(conj(conj(u) q) z): the up-projection u moves from the latent z to the query q.
         a, b = query[..., both].chunk(2, dim=-1)

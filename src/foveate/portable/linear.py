@@ -267,10 +267,12 @@ class LinearAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         past_key_values: Any = None,
+        cache: Any = None,  # what transformers calls it from 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         batch, n, _ = hidden_states.shape
-        place = None if past_key_values is None else self._place(past_key_values)
+        cache = past_key_values if cache is None else cache
+        place = None if cache is None else self._place(cache)
         valid = valid_tokens(attention_mask, batch, n, hidden_states.device)
         before = None if place is None else place.past
         out, past = self.attended(*self.projected(hidden_states, position_embeddings), valid, before)

@@ -115,9 +115,15 @@ class NoAttention(nn.Module):
         return {"layer_idx": self.layer_idx, "size": self.size}
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        cache: Any = None,  # this and the next two: what transformers has called it, from the newest on
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        cache = past_key_values if layer_past is None else layer_past
+        cache = next((each for each in (cache, past_key_values, layer_past) if each is not None), None)
         if cache is not None and not getattr(cache, "bears_gaps", False):
             mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(mark, mark, self.layer_idx)

@@ -13,6 +13,7 @@ from foveate.data.needles import Needle
 from foveate.methods import UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import Call, replaced_attention, weights_of
+from foveate.models.caches import with_cache
 
 
 def gate_scores(
@@ -97,7 +98,7 @@ def _integrated(
                 return (weights.to(call.value.dtype) @ call.value[:, :, None]).flatten(1, 2)
 
             with torch.enable_grad(), replaced_attention(model, blend, "gates"):
-                out = model(follow, past_key_values=copy.deepcopy(read), use_cache=True)
+                out = model(follow, **with_cache(copy.deepcopy(read)), use_cache=True)
                 logp = out.logits[0, -scored - 1 : -1].float().log_softmax(-1)
                 goal = logp.gather(-1, follow[0, -scored:, None]).sum()
                 total += torch.autograd.grad(goal, gates)[0].float().cpu() / steps

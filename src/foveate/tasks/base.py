@@ -18,7 +18,7 @@ from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
 from foveate.methods import Recipe, apply
 from foveate.models.anatomy import anatomy
-from foveate.models.caches import cache_bytes, full_cache_bytes
+from foveate.models.caches import cache_bytes, full_cache_bytes, with_cache
 from foveate.specs import Registry, Spec
 
 C = TypeVar("C", bound=type)
@@ -131,7 +131,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, *, last: int = 
 
     With `last`, only the logits of the last so many tokens are made, which saves memory on long prompts.
     """
-    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
+    out = model(ids, **with_cache(cache), use_cache=True, logits_to_keep=last)
     return out.logits.float(), out.past_key_values
 
 

@@ -14,6 +14,7 @@ from foveate.cache.attend import rotate
 from foveate.data.needles import needles
 from foveate.methods import Target
 from foveate.models.anatomy import anatomy
+from foveate.models.caches import with_cache
 
 TOKENS = 61440  # of calibration text: 48 pieces
 TEXT, FOLLOW = 1024, 256  # of a piece: tokens whose entries are looked at, and tokens that read them
@@ -87,7 +88,7 @@ Pair = tuple[Tensor, Tensor]
 def _entries(model: Any, text: Tensor) -> list[Pair | None]:
     """Keys and values of each layer, (1, kv_head, entry, head_dim); None where a layer holds none."""
     cache: Any = DynamicCache()  # one that knows nothing of the layers' own windows keeps every entry
-    model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(text, **with_cache(cache), use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
 
 
@@ -105,7 +106,7 @@ def _gradients(
         p.requires_grad_(False)
     try:
         with torch.enable_grad():
-            logp = model(after, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+            logp = model(after, **with_cache(cache), use_cache=True).logits[0].float().log_softmax(-1)
             if answer is None:
                 drawn = torch.multinomial(logp.detach().exp(), 1, generator=draw)
                 goal = logp.gather(-1, drawn).sum() / len(logp) ** 0.5
