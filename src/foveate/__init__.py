@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from foveate.models.planted import planted
     from foveate.models.tiny import tiny, tiny_tokenizer
     from foveate.probes import Data, Probe, Reading, Watch, Watcher, probe
+    from foveate.probes.information_plane import InformationPlane, information_plane
     from foveate.prune import Pruner
     from foveate.read import Readings, read
     from foveate.search import SearchResult, search
@@ -51,6 +52,7 @@ _HOMES = {
     "foveate.models.planted": ("planted",),
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
     "foveate.probes": ("Data", "Probe", "Reading", "Watch", "Watcher", "probe"),
+    "foveate.probes.information_plane": ("InformationPlane", "information_plane"),
     "foveate.prune": ("Pruner",),
     "foveate.read": ("Readings", "read"),
     "foveate.search": ("SearchResult", "search"),

@@ -126,7 +126,7 @@ def try_claim(claim: Claim, bench: Bench, model: str) -> Verdict:
         "holds" if all(finding.checks.values()) else "fails",
         f"{model}, {str(bench.model.dtype).removeprefix('torch.')}, {bench.model.device.type}",
         {name: {k: round(v, 6) for k, v in metric.to_json().items()} for name, metric in finding.metrics.items()},
-        finding.checks,
+        {words: bool(held) for words, held in finding.checks.items()},
         round(time.perf_counter() - start, 1),
         {
             "foveate": __version__,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,10 @@ def patched(model: PreTrainedModel, patches: Mapping[Site, Patch]) -> Iterator[N
     parts = anatomy(model)
     with ExitStack() as hooks:
         for (module, before), group in _by_hook(parts, patches).items():
-            hooks.callback(_hook(module, before, group).remove)
+            shape: list[int] = []
+            if (layer := _layer_that_flattens(parts, module)) is not None:
+                hooks.callback(_noting(layer, shape).remove)
+            hooks.callback(_hook(module, before, group, shape).remove)
         yield
 
 
@@ -175,6 +178,9 @@ def knocked_out(model: PreTrainedModel, blocked: Mapping[int, Tensor]) -> Iterat
         blocked: layer -> bool (query, entry), or (head, query, entry): which edges are blocked. A query that could see
             nothing any more gives zero.
 
+    Raises:
+        FoveateError: a layer that the model does not have; something else stands in for its attention.
+
     Example:
         >>> import foveate as fv, torch
         >>> model, ids = fv.tiny("llama"), torch.arange(1, 9).unsqueeze(0)
@@ -183,6 +189,10 @@ def knocked_out(model: PreTrainedModel, blocked: Mapping[int, Tensor]) -> Iterat
         >>> with knocked_out(model, {layer: edges for layer in range(4)}):
         ...     logits = model(ids, use_cache=False).logits
     """
+
+    count = len(anatomy(model).layers)
+    if strange := [layer for layer in blocked if not 0 <= layer < count]:
+        raise FoveateError(f"attention knockout: there is no layer {strange[0]}: this model's are 0 to {count - 1}.")
 
     def attention(call: Call) -> Tensor:
         group = call.query.shape[1] // call.key.shape[1]
@@ -308,6 +318,8 @@ def _by_hook(
 def _place(parts: Anatomy, site: Site) -> tuple[nn.Module, bool, slice | list[int]]:
     """The module that a site belongs to, whether it is its input, and which channels of it."""
     count, everything = len(parts.layers), slice(None)
+    if site.kind not in get_args(Kind):
+        raise FoveateError(f"{site}: there is no such kind of site: {', '.join(get_args(Kind))}.")
     if not 0 <= site.layer < count + (site.kind == "residual"):
         raise FoveateError(f"{site}: this model's layers are 0 to {count - 1}: name one of them.")
     if site.kind == "residual":
@@ -353,8 +365,25 @@ def _fused(layer: LayerParts, site: Site, parts: Anatomy) -> slice:
     return _slots(before + head, parts)
 
 
-def _hook(module: nn.Module, before: bool, group: Sequence[tuple[slice | list[int], Patch]]) -> Any:
-    def change(value: Tensor) -> Tensor:
+def _layer_that_flattens(parts: Anatomy, module: nn.Module) -> nn.Module | None:
+    """The layer whose own last map this is (OPT): such a layer puts the tokens of all rows into one line for it."""
+    return next((layer.module for layer in parts.layers if layer.mlp is None and layer.down is module), None)
+
+
+def _noting(layer: nn.Module, shape: list[int]) -> Any:
+    """A hook that notes how many rows and tokens go into a layer."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+
+    return layer.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def _hook(module: nn.Module, before: bool, group: Sequence[tuple[slice | list[int], Patch]], shape: list[int]) -> Any:
+    """The hook that changes a module's input or output; `shape`: rows and tokens, where the value has them as one."""
+
+    def change(whole: Tensor) -> Tensor:
+        value = whole.view(*shape, -1) if shape else whole
         new = value.clone() if any(channels != slice(None) for channels, _ in group) else value
         for channels, patch in group:
             old = value[..., channels]
@@ -363,7 +392,7 @@ def _hook(module: nn.Module, before: bool, group: Sequence[tuple[slice | list[in
                 new = given
             else:
                 new[..., channels] = given
-        return new
+        return new.reshape(whole.shape)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:

@@ -303,8 +303,8 @@ def heat_map(scores: UnitScores) -> str:
     low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
     cells = [
         f"<rect x='{12 * unit}' y='{12 * layer}' width='11' height='11' fill='#0d7bc4' "
-        f"fill-opacity='{0.06 + 0.94 * (value - low) / ((high - low) or 1):.2f}'><title>{html.escape(scores.kind)} {layer}.{unit}: "
-        f"{value:.3g}</title></rect>"
+        f"fill-opacity='{0.06 + 0.94 * (value - low) / ((high - low) or 1):.2f}'><title>{html.escape(scores.kind)} "
+        f"{layer}.{unit}: {value:.3g}</title></rect>"
         for layer, row in enumerate(values.tolist())
         for unit, value in enumerate(row)
         if value == value  # not NaN

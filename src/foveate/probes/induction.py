@@ -114,15 +114,15 @@ class InductionHeadsCopy(Claim):
     )
     setting: ClassVar[str] = (
         "16 passages of 128 random tokens and the same again; the 5% of heads with the highest induction scores of "
-        "other passages set to zero, against three random sets of as many heads"
+        "other passages set to zero, against three random sets of as many others"
     )
 
     def run(self, bench: Bench) -> Finding:
         model, parts = bench.model, anatomy(bench.model)
         found = Induction().measure(model, Data(bench.tokenizer, bench.text, length=256, passages=4, seed=1))
         count = max(1, round(0.05 * len(parts.layers) * parts.heads))
-        best = found.scores["induction"].scores.flatten().argsort(descending=True)[:count]
-        sets = [best, *(_random(len(parts.layers) * parts.heads, count, seed) for seed in range(3))]
+        best, rest = found.scores["induction"].scores.flatten().argsort(descending=True).tensor_split([count])
+        sets = [best, *(rest[_random(len(rest), count, seed)] for seed in range(3))]
         ids = Data(bench.tokenizer, bench.text, length=256, passages=16, seed=2).stream("repeat", model)
         gains = []
         for done, heads in enumerate([torch.empty(0, dtype=torch.long), *sets]):
@@ -139,7 +139,7 @@ class InductionHeadsCopy(Claim):
             {
                 "nats that repetition saves, whole model": whole,
                 f"without the {count} highest induction heads": without,
-                **{f"without {count} random heads, set {i + 1}": r for i, r in enumerate(random)},
+                **{f"without {count} random other heads, set {i + 1}": r for i, r in enumerate(random)},
                 "of that saving, lost with the induction heads": lost[0],
                 **{f"of that saving, lost with random heads, set {i + 1}": r for i, r in enumerate(lost[1:])},
             },
