@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from foveate.models.tiny import tiny, tiny_tokenizer
     from foveate.probes import Data, Probe, Reading, Watch, Watcher, probe
     from foveate.probes.information_plane import InformationPlane, information_plane
+    from foveate.probes.rerank import Ranking, rerank
+    from foveate.probes.select_and_copy import choose
     from foveate.prune import Pruner
     from foveate.read import Readings, read
     from foveate.search import SearchResult, search
@@ -53,6 +55,8 @@ _HOMES = {
     "foveate.models.tiny": ("tiny", "tiny_tokenizer"),
     "foveate.probes": ("Data", "Probe", "Reading", "Watch", "Watcher", "probe"),
     "foveate.probes.information_plane": ("InformationPlane", "information_plane"),
+    "foveate.probes.rerank": ("Ranking", "rerank"),
+    "foveate.probes.select_and_copy": ("choose",),
     "foveate.prune": ("Pruner",),
     "foveate.read": ("Readings", "read"),
     "foveate.search": ("SearchResult", "search"),
