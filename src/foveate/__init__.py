@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foveate.prune import Pruner
     from foveate.read import Readings, read
     from foveate.search import SearchResult, search
+    from foveate.steer.unordered import unordered
     from foveate.tasks import Bench, Outcome, Task, task
     from foveate.thin import thin
     from foveate.verify import verify
@@ -60,6 +61,7 @@ _HOMES = {
     "foveate.prune": ("Pruner",),
     "foveate.read": ("Readings", "read"),
     "foveate.search": ("SearchResult", "search"),
+    "foveate.steer.unordered": ("unordered",),
     "foveate.thin": ("thin",),
     "foveate.tasks": ("Bench", "Outcome", "Task", "task"),
     "foveate.verify": ("verify",),

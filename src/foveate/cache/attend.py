@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from foveate.models.rotation import rotate as rotate
+
 BLOCK = 1 << 24
 """Attention weights held at a time when their column sums are wanted (64 MiB in float32)."""
 
@@ -105,21 +107,3 @@ def attend_and_receive(
             weights = weights * gain[:, None, None, rows, None]
         received += weights.sum(dim=(2, 3))
     return torch.cat(outs, dim=3).reshape(batch, heads, queries, -1), received
-
-
-def rotate(key: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
-    """Move rotary keys by `shift` positions: rotations add up, R(shift) R(position) = R(position + shift).
-
-    Args:
-        key: (batch, kv_head, entry, head_dim), already rotated to some position.
-        shift: (batch, kv_head, entry), int.
-        inv_freq: (rotary_dim / 2,): radians a position, for each pair of dimensions; the rest of the head is left.
-
-    Source: RoFormer: Enhanced Transformer with Rotary Position Embedding (2021), section 3.2.
-    """
-    half = inv_freq.shape[0]
-    exact = torch.promote_types(key.dtype, torch.float32)
-    angle = shift[..., None].to(exact) * inv_freq.to(key.device, exact)
-    cos, sin = angle.cos(), angle.sin()
-    a, b, rest = key[..., :half].to(exact), key[..., half : 2 * half].to(exact), key[..., 2 * half :]
-    return torch.cat([(a * cos - b * sin).to(key.dtype), (b * cos + a * sin).to(key.dtype), rest], dim=-1)

@@ -99,6 +99,17 @@ def _permuted(nouns: list[str], rng: random.Random) -> list[str]:
             return order
 
 
+def written(tokenizer: PreTrainedTokenizerBase, lead: str, nouns: list[str]) -> tuple[Tensor, Tensor]:
+    """A lead and a list: token ids, LongTensor (1, n), and which of them are of nouns, bool (n,)."""
+    pieces: list[Tensor] = [tokens(lead, tokenizer)]
+    scored = [False] * pieces[0].shape[1]
+    for i, noun in enumerate(nouns):
+        for text, wanted in ((f" {noun}", True), ("." if i == len(nouns) - 1 else ",", False)):
+            pieces.append(tokens(text, tokenizer))
+            scored += [wanted] * pieces[-1].shape[1]
+    return torch.cat(pieces, dim=1), torch.tensor(scored)
+
+
 def _listed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,14 +119,7 @@ def _listed(
     after: Tensor | None = None,
 ) -> tuple[float, Any]:
     """Read a lead, a list and what comes after, in one forward: the nouns' mean surprisal, and the cache."""
-    pieces: list[Tensor] = [tokens(lead, tokenizer)]
-    scored: list[bool] = []
-    for i, noun in enumerate(nouns):
-        for text, wanted in ((f" {noun}", True), ("." if i == len(nouns) - 1 else ",", False)):
-            pieces.append(tokens(text, tokenizer))
-            scored += [wanted] * pieces[-1].shape[1]
-    ids = torch.cat(pieces, dim=1).to(model.device)
-    start = pieces[0].shape[1]
+    ids, scored = (each.to(model.device) for each in written(tokenizer, lead, nouns))
     logits, cache = read(model, ids if after is None else torch.cat([ids, after], dim=1), cache)
-    losses = surprisal(logits[:, start - 1 : ids.shape[1] - 1], ids[:, start:])[0]
-    return float(losses[torch.tensor(scored, device=losses.device)].mean()), cache
+    losses = surprisal(logits[:, : ids.shape[1] - 1], ids[:, 1:])[0]
+    return float(losses[scored[1:]].mean()), cache
