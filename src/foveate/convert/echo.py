@@ -19,6 +19,7 @@ from foveate.measure.bootstrap import Metric
 from foveate.methods import Paper, Recipe, Target, method
 from foveate.models.anatomy import LayerParts, anatomy
 from foveate.portable.echo import EchoAttention, SharingAttention
+from foveate.scores.similarity import map_similarity
 from foveate.tasks.base import Bench
 from foveate.tasks.perplexity import Perplexity
 from foveate.tasks.speed import Speed
@@ -133,14 +134,14 @@ def attention_similarity(model: PreTrainedModel, layers: list[LayerParts], calib
     Pairs of layers of different numbers of heads have NaN.
     """
     total = torch.zeros(len(layers), len(layers), dtype=torch.float64)
-    found: dict[int, Tensor] = {}
+    found: list[Tensor | None] = [None] * len(layers)
     with _eager(model):
         for piece in calibration[0].split(PIECE):
             hooks = []
             for at, layer in enumerate(layers):
 
                 def seen(module: nn.Module, args: object, out: tuple[Tensor, Tensor], at: int = at) -> None:
-                    found[at] = nn.functional.normalize(out[1][0].float(), dim=-1)
+                    found[at] = out[1][0]
 
                 hooks.append(layer.attention.register_forward_hook(seen))
             try:
@@ -148,12 +149,8 @@ def attention_similarity(model: PreTrainedModel, layers: list[LayerParts], calib
             finally:
                 for hook in hooks:
                     hook.remove()
-            for a in range(len(layers)):
-                for b in range(a, len(layers)):
-                    same = found[a].shape == found[b].shape
-                    cosine = (found[a] * found[b]).sum(-1).mean() if same else torch.nan
-                    total[a, b] += cosine * len(piece) / calibration.shape[1]
-    return total.triu() + total.triu(1).T
+            total += map_similarity(found) * len(piece) / calibration.shape[1]
+    return total
 
 
 @contextmanager

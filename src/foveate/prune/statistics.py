@@ -20,6 +20,7 @@ from foveate.methods import UnitScores
 from foveate.models.anatomy import LayerParts, anatomy
 from foveate.models.surgery import Means, has_attention, has_mlp, unit_counts
 from foveate.portable.parts import NoNorm
+from foveate.scores.change import sublayer_change as sublayer_change  # pruners import it from here
 
 # ---- what the maps that write to the residual stream read -----------------------------------------------------------
 
@@ -148,76 +149,3 @@ def norm_outputs(model: PreTrainedModel, calibration: Tensor) -> Tensor:
             hooks.callback(norm.register_forward_hook(add).remove)
         parts.base(calibration, use_cache=False)
     return total
-
-
-# ---- how much a sublayer changes ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sublayer_change(model: PreTrainedModel, calibration: Tensor) -> dict[str, Tensor]:
-    """1 - cosine between the residual stream before and after each part of a layer, averaged over tokens.
-
-    What a sublayer adds to the residual stream is its output, or what a norm right after it makes of it (Gemma 2,
-    OLMo 2): so a norm that is given the very tensor that the sublayer returned has the last word. An MLP's stream
-    before it is the layer's output without what the MLP added; so where both run side by side (GPT-NeoX), the
-    attention's part counts as there already.
-
-    Args:
-        model: the model as it is.
-        calibration: token ids, LongTensor (batch, length), without padding.
-
-    Returns:
-        "attention", "mlp", "layer" -> float32 (layers, 1); NaN where the sublayer is gone, or doesn't run.
-
-    Example:
-        >>> import foveate as fv, torch
-        >>> from foveate.prune.statistics import sublayer_change
-        >>> change = sublayer_change(fv.tiny("llama"), torch.arange(1, 65).unsqueeze(0))
-        >>> {kind: tuple(scores.shape) for kind, scores in change.items()}
-        {'attention': (4, 1), 'mlp': (4, 1), 'layer': (4, 1)}
-    """
-    parts = anatomy(model)
-    change = {kind: torch.full((len(parts.layers), 1), torch.nan) for kind in ("attention", "mlp", "layer")}
-    seen: dict[str, Any] = {}
-
-    def at_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["x"] = args[0] if args else kwargs["hidden_states"]
-
-    def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-        seen["last"], seen["out"] = "attention", output[0]
-        seen["attention"] = output[0]
-
-    def after_mlp(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen["last"], seen["out"] = "mlp", output
-        seen["mlp"] = output
-
-    def after_norm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if args and args[0] is seen.get("out"):
-            seen[seen["last"]] = output
-
-    def turned(before: Tensor, after: Tensor) -> Tensor:
-        return 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).double().mean().float().cpu()
-
-    with ExitStack() as hooks:
-        for layer in parts.layers:
-
-            def after_layer(module: nn.Module, args: Any, output: Any, index: int = layer.index) -> None:
-                x, y = seen["x"], output[0] if isinstance(output, tuple) else output
-                if "attention" in seen:
-                    change["attention"][index] = turned(x, x + seen["attention"])
-                if "mlp" in seen:
-                    change["mlp"][index] = turned(y - seen["mlp"].view_as(y), y)
-                if "out" in seen:  # else the whole layer was skipped
-                    change["layer"][index] = turned(x, y)
-                seen.clear()
-
-            hooks.callback(layer.module.register_forward_pre_hook(at_layer, with_kwargs=True).remove)
-            if has_attention(layer):
-                hooks.callback(layer.attention.register_forward_hook(after_attention).remove)
-            if (mlp := layer.mlp if layer.mlp is not None else layer.down) is not None and has_mlp(layer):
-                hooks.callback(mlp.register_forward_hook(after_mlp).remove)
-            for norm in layer.norms.values():
-                hooks.callback(norm.register_forward_hook(after_norm).remove)
-            hooks.callback(layer.module.register_forward_hook(after_layer).remove)
-        parts.base(calibration, use_cache=False)
-    return change
