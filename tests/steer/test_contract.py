@@ -17,8 +17,18 @@ from foveate.steer.reweave import reweave_module
 NAMES = sorted(
     name for name, cls in METHODS.all().items() if issubclass(cls, Steer) and cls.__module__.startswith("foveate.")
 )
-NEUTRAL = {"calibrate-attention": "beta=1", "reweave": "weights={neutral}"}
-STRONG = {"calibrate-attention": "alpha=1.5,choose=all", "reweave": "weights={strong}"}
+NEUTRAL = {
+    "calibrate-attention": "beta=1",
+    "reweave": "weights={neutral}",
+    "temp-scale": "temperature=1",
+    "weaken-last": "strength=0",
+}
+STRONG = {
+    "calibrate-attention": "alpha=1.5,choose=all",
+    "reweave": "weights={strong}",
+    "temp-scale": "temperature=0.3",
+    "weaken-last": "strength=1",
+}
 PROMPT = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(1))
 
 
