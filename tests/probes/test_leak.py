@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +11,7 @@ from foveate.errors import FoveateError
 from foveate.models.patching import ablated
 from foveate.models.planted import Planted
 from foveate.probes import Data, leak
-from foveate.probes.leak import Leak, _forced, answered, defended, given_away, instructions, paths, rank_correlation
+from foveate.probes.leak import Leak, _forced, answered, defended, given_away, instructions, paths
 from foveate.tasks.base import Bench
 
 FIXED = ["You are a tall cook.", "You are cook. a tall"]
@@ -98,14 +97,6 @@ def test_instructions_come_in_pairs_of_the_same_words():
     assert all(text.startswith("You are") for text in made)
     one, two = (instructions(20, 0, slice(i, None, 2)) for i in (0, 1))
     assert not {w for t in one for w in t.split()} & {"Velden.", "Brigg."} or not set(one) & set(two)
-
-
-def test_rank_correlation_is_spearmans():
-    x, y = [3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 7.0, 1.0, 8.0, 2.0]
-    ranks = np.array([3, 1.5, 4, 1.5, 5]), np.array([2.5, 4, 1, 5, 2.5])
-    found = rank_correlation(x, y)
-    assert found.value == pytest.approx(np.corrcoef(*ranks)[0, 1]) and found.low <= found.value <= found.high
-    assert rank_correlation(x, [1.0] * 5).value == 0
 
 
 def test_what_cannot_be_measured_gets_a_sentence():

@@ -75,7 +75,9 @@ def test_the_page_says_what_was_found(pages: dict[str, Path]) -> None:
     text = pages["plain"].read_text()
     for words in ("tiny", "a figure", "0.4 to 0.6", "In-context Learning and Induction Heads", "0.123", "could go"):
         assert words in text, words
-    assert "http" not in re.sub(r"https://arxiv.org|http://www.w3.org|http-equiv", "", text)  # nothing is fetched from elsewhere
+    assert "http" not in re.sub(
+        r"https://arxiv.org|http://www.w3.org|http-equiv", "", text
+    )  # nothing is fetched from elsewhere
     assert text.count('role="gridcell"') == 12
     assert "layer 1, head 3: induction" in text and "layer 0, head 0: no clear part" in text
 

@@ -35,7 +35,7 @@ class Backcopy:
     Raises:
         FoveateError: a text of too few different characters.
 
-    Source: Active-Dormant Attention Heads (2024), section 2: 64 tokens, 3 triggers, the most frequent characters.
+    Source: Active-Dormant Attention Heads (2024): 64 tokens, 3 triggers, the most frequent characters.
 
     Example:
         >>> task = Backcopy("to be or not to be, that is the question " * 5, vocab=12, triggers=1)

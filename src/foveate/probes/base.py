@@ -100,6 +100,16 @@ class Data:
         starts = [room * i // max(1, self.passages - 1) for i in range(self.passages)]
         return torch.cat([ids[:, start : start + length] for start in starts]).to(model.device)
 
+    def alias(self, name: str) -> str:
+        """The stream that a name stands for: "mine" is "prose" or "code" where the reader's text is that.
+
+        Example:
+            >>> import foveate as fv
+            >>> Data.of(fv.tiny("llama"), fv.tiny_tokenizer()).alias("mine")
+            'prose'
+        """
+        return self.text.name if name == "mine" and self.text.name in ("prose", "code") else name
+
     def ordinary(self, model: PreTrainedModel) -> Tensor:
         """The tokens that are no special ones, LongTensor (n,)."""
         special = {i for i in self.tokenizer.all_special_ids if i is not None}

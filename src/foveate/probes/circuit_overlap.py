@@ -215,7 +215,7 @@ class CircuitOverlap(Probe):
     Fields:
         prompts: of each task.
 
-    Source: Circuit Component Reuse Across Tasks in Transformer Language Models (2023), sections 3 and 4.
+    Source: Circuit Component Reuse Across Tasks in Transformer Language Models (2023).
 
     Example:
         >>> import foveate as fv

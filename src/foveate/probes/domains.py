@@ -41,7 +41,7 @@ class Domains(Watcher):
 
     The paper looks at single heads by eye; the rule is ours.
 
-    Source: Active-Dormant Attention Heads (2024), section 3.
+    Source: Active-Dormant Attention Heads (2024).
 
     Example:
         >>> import foveate as fv
@@ -137,7 +137,7 @@ def _error(a: Tensor, b: Tensor) -> Tensor:
 class DormantHeadsAreIdle(Claim):
     statement: ClassVar[str] = (
         "many heads are active on some kinds of text and dormant, resting on the first token, on others, where they "
-        "can be taken away without loss (section 3; Llama 2, a head active on code)"
+        "can be taken away without loss (Llama 2, a head active on code)"
     )
     setting: ClassVar[str] = (
         "of the heads that give half of their attention or more to the first token on one kind of text, the 5 whose "

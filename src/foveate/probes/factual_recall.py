@@ -175,7 +175,7 @@ class FactualRecall(Probe):
     Fields:
         facts: at most so many facts.
 
-    Source: Interpreting Key Mechanisms of Factual Recall (2024), sections 3 to 5.
+    Source: Interpreting Key Mechanisms of Factual Recall (2024).
 
     Example:
         >>> import foveate as fv
@@ -295,7 +295,7 @@ MOST = 48
 class LastLayerSuppresses(Claim):
     statement: ClassVar[str] = (
         "heads move the topic to the end of a factual prompt and MLPs turn it into the answer; the final layer "
-        "suppresses right answers in every model tried (sections 3 to 5)"
+        "suppresses right answers in every model tried (abstract)"
     )
     setting: ClassVar[str] = (
         "at most 48 facts that the model knows: what the last layer adds directly to the right answer's logit, less "

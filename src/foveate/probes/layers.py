@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from foveate.claims import Claim, Finding, claim
 from foveate.measure.bootstrap import Metric, mean, perplexity, perplexity_ratio
+from foveate.measure.ranks import correlation
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.patching import Kind, Patch, Site, patched
 from foveate.models.surgery import has_attention, has_mlp
 from foveate.probes.base import Data, Lines, Reading, Role, probe
-from foveate.probes.retrieval_heads import rank_correlation
 from foveate.probes.watch import Through, Watch, Watcher
 from foveate.scores.change import CHANGED, changes, norms_after
 from foveate.tasks.base import Bench, passages, surprisal
@@ -29,11 +29,11 @@ NOTHING = 1e-5
 class Layers(Watcher):
     """How much each layer, attention sublayer and MLP turns the residual stream: 1 - cosine of before and after.
 
-    These are the scores by which `drop-attention`, `drop-mlp` and `drop-sublayers` choose, here averaged over prose
-    and code. A sublayer that changes little is a candidate to leave, but it need not be useless: a small change can be
-    the one that counts. So only one that adds nothing at all is called idle.
+    These are the scores by which `drop-attention`, `drop-mlp` and `drop-sublayers` choose, here averaged over the
+    reader's text and code. A sublayer that changes little is a candidate to leave, but it need not be useless: a small
+    change can be the one that counts. So only one that adds nothing at all is called idle.
 
-    Source: What Matters in Transformers? Not All Attention is Needed (2024), section 3; ShortGPT: Layers in Large
+    Source: What Matters in Transformers? Not All Attention is Needed (2024); ShortGPT: Layers in Large
     Language Models are More Redundant Than You Expect (2024) has the same measure of whole layers.
 
     Example:
@@ -50,7 +50,7 @@ class Layers(Watcher):
     claim: ClassVar[str] = "what changes the residual stream least can leave at least cost"
     title: ClassVar[str] = "Which layers change little?"
     default: ClassVar[bool] = True
-    streams: ClassVar[tuple[str, ...]] = ("prose", "code")
+    streams: ClassVar[tuple[str, ...]] = ("mine", "code")
 
     def watch(self, model: PreTrainedModel, data: Data) -> Watch:
         return _Watch(model)
@@ -131,7 +131,7 @@ COUNT = 4
 class SmallChangesCostLittle(Claim):
     statement: ClassVar[str] = (
         "sublayers and layers that turn the residual stream least are the redundant ones: without them the model loses "
-        "least, and attention more of all is redundant (abstract and section 3)"
+        "least, and attention more of all is redundant (abstract)"
     )
     setting: ClassVar[str] = (
         "scores on 4 passages of 512 tokens each of prose and code; every sublayer switched off alone, on 512 tokens "
@@ -198,16 +198,3 @@ def _nll(model: PreTrainedModel, texts: list[Tensor], off: list[tuple[Kind, int]
             losses = surprisal(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])[0].double()
             blocks += [float(each.mean() * BLOCK) for each in losses.split(BLOCK)]
     return blocks
-
-
-def correlation(a: Tensor, b: Tensor) -> Metric:
-    """Spearman's correlation of pairs, (n,) each, with a 95% interval that resamples the pairs.
-
-    Example:
-        >>> correlation(torch.arange(9.0), torch.arange(9.0) ** 3).value
-        1.0
-    """
-    draws = torch.randint(len(a), (1000, len(a)), generator=torch.Generator().manual_seed(0))
-    found = torch.tensor([rank_correlation(a[draw], b[draw]) or 0.0 for draw in draws], dtype=torch.float64)
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Metric(rank_correlation(a, b) or 0.0, low, high)

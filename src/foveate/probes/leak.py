@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.claims import Claim, Finding, claim
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
-from foveate.measure.bootstrap import RESAMPLES, Metric, mean
+from foveate.measure.bootstrap import Metric, mean
+from foveate.measure.ranks import correlation, rank_correlation
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import Call, replaced_attention
@@ -166,11 +166,9 @@ class Leak(Probe):
             model.train(training)
         data.progress(0.9)
         leaks = [given_away(text, answer) for text, answer in zip(asked, answers, strict=True)]
-        familiar = rank_correlation(path.perplexity, leaks)
+        familiar = correlation(torch.tensor(path.perplexity), torch.tensor(leaks))
         usual = Induction().measure(model, replace(data, passages=1, progress=lambda part: None))
-        alike = _spearman(
-            np.asarray(path.next.flatten()), np.asarray(usual.scores["induction"].scores.double().flatten())
-        )
+        alike = rank_correlation(path.next.flatten(), usual.scores["induction"].scores.flatten()) or 0.0
         scores = {"leak path": UnitScores("head", path.next), "leak same": UnitScores("head", path.same)}
         roles = clear_heads(
             scores["leak path"],
@@ -263,30 +261,6 @@ def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: 
     return [f"{BEGUN.strip()}{answer}" for answer in said]
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Metric:
-    """Spearman's correlation of cases, with a 95% bootstrap interval; 0 where one of them never changes.
-
-    Example:
-        >>> rank_correlation([1.0, 2.0, 5.0], [3.0, 2.0, 1.0]).value
-        -1.0
-    """
-    one, two = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(one), size=(RESAMPLES, len(one)))
-    ends = np.percentile([_spearman(one[draw], two[draw]) for draw in draws], [2.5, 97.5])
-    return Metric(_spearman(one, two), float(ends[0]), float(ends[1]))
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    def ranks(values: np.ndarray) -> np.ndarray:
-        """Equal values share the mean of their ranks."""
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[inverse])
-
-    a, b = ranks(x) - (len(x) - 1) / 2, ranks(y) - (len(y) - 1) / 2
-    size = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return round(float((a * b).sum()) / size, 12) if size else 0.0
-
-
 CHOSEN, JUDGED = 8, 16
 """Instructions that heads are chosen by, and instructions that they are judged by, in the claim."""
 
@@ -325,7 +299,7 @@ class LeaksTakeAPath(Claim):
         whole, without, *random_sets, guarded = leaks
         less = [mean([a - b for a, b in zip(whole, other, strict=True)]) for other in leaks[1:]]
         paired = [mean([b - a for a, b in zip(without, other, strict=True)]) for other in random_sets]
-        familiar = rank_correlation(perplexity, whole)
+        familiar = correlation(torch.tensor(perplexity), torch.tensor(whole))
         return Finding(
             {
                 "given away": mean(whole),

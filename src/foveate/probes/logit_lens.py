@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from foveate.claims import Claim, Finding, claim
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
+from foveate.measure.ranks import rank_correlation
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import Anatomy, anatomy
 from foveate.models.patching import Patch, Site, patched, recorded
 from foveate.probes.base import Data, Lines, Panel, Reading, Rows, probe
-from foveate.probes.retrieval_heads import rank_correlation
 from foveate.probes.watch import Through, Watch, Watcher
 from foveate.tasks.base import Bench, passages
 
@@ -40,7 +40,7 @@ class LogitLens(Watcher):
     Fields: `every`, one token of so many is looked at.
 
     Source: the logit lens, "interpreting GPT: the logit lens" (nostalgebraist, 2020). How it fails, and prediction
-    depth: Eliciting Latent Predictions from Transformers with the Tuned Lens (2023), sections 2 and 4.
+    depth: Eliciting Latent Predictions from Transformers with the Tuned Lens (2023).
 
     Example:
         >>> import foveate as fv
@@ -236,8 +236,8 @@ PASSAGES = 4
 @claim("logit-lens")
 class GuessesAreRefined(Claim):
     statement: ClassVar[str] = (
-        "what the lens reads comes closer to the final guess from layer to layer (nostalgebraist, 2020; tuned lens, "
-        "section 1), and tokens whose guess is settled early are the easy ones (tuned lens, on prediction depth)"
+        "what the lens reads comes closer to the final guess from layer to layer (nostalgebraist, 2020; tuned "
+        "lens), and tokens whose guess is settled early are the easy ones (tuned lens, on prediction depth)"
     )
     setting: ClassVar[str] = (
         "every 4th token of 4 passages of 512 tokens of evaluation text; control: the final guess of another place; "

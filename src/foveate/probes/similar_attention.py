@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from foveate.claims import Claim, Finding, claim
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import mean, perplexity, perplexity_ratio
+from foveate.measure.ranks import correlation
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import Call, replaced_attention, weights_of
 from foveate.probes.base import Data, Grid, Lines, Panel, Reading, Role, probe
-from foveate.probes.layers import correlation
 from foveate.probes.watch import Seen, Through, Watch, Watcher
 from foveate.scores.similarity import head_similarity, map_similarity
 from foveate.tasks.base import Bench, passages, surprisal

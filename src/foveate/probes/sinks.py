@@ -63,7 +63,7 @@ class Sinks(Watcher):
     )
     title: ClassVar[str] = "Which heads rest on the first token?"
     default: ClassVar[bool] = True
-    streams: ClassVar[tuple[str, ...]] = ("prose", "code")
+    streams: ClassVar[tuple[str, ...]] = ("mine", "code")
 
     alpha: float = 5.0
 

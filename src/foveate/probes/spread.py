@@ -38,7 +38,7 @@ class Spread(Watcher):
 
     Scores: "high-frequency gain" of whole passages; 0 where a head has no values to mix.
 
-    Source: Length-Induced Embedding Collapse in Transformer-based Models (2024), section 3.
+    Source: Length-Induced Embedding Collapse in Transformer-based Models (2024).
 
     Example:
         >>> import foveate as fv
@@ -54,7 +54,7 @@ class Spread(Watcher):
     claim: ClassVar[str] = "attention is a low-pass filter: the longer a text, the less of what differs gets through"
     title: ClassVar[str] = "Does attention make all tokens alike?"
     default: ClassVar[bool] = True
-    streams: ClassVar[tuple[str, ...]] = ("prose",)
+    streams: ClassVar[tuple[str, ...]] = ("mine",)
 
     def watch(self, model: PreTrainedModel, data: Data) -> Watch:
         return _Watch(model)
@@ -180,7 +180,7 @@ def _alike(means: Tensor) -> Tensor:
 class LongTextsCollapse(Claim):
     statement: ClassVar[str] = (
         "attention is a low-pass filter that filters the more the longer the text is; so tokens, and the embeddings of "
-        "texts, become more alike with length (abstract, section 3)"
+        "texts, become more alike with length (abstract)"
     )
     setting: ClassVar[str] = (
         "16 passages of 512 tokens of evaluation text, against their own first 32 tokens; texts by the mean of their "

@@ -101,14 +101,14 @@ class Watcher(Probe):
     Class attribute `streams`: the streams that it sees (see `Data.stream`).
     """
 
-    streams: ClassVar[tuple[str, ...]] = ("prose",)
+    streams: ClassVar[tuple[str, ...]] = ("mine",)
 
     @abstractmethod
     def watch(self, model: PreTrainedModel, data: Data) -> Watch:
         """What notes it."""
 
     def cost(self, model: PreTrainedModel, data: Data) -> float:
-        return float(len(self.streams) * data.passages * data.length)
+        return float(len({data.alias(name) for name in self.streams}) * data.passages * data.length)
 
     def measure(self, model: PreTrainedModel, data: Data) -> Reading:
         return watch_all(model, data, [self])[0]
@@ -129,15 +129,18 @@ def watch_all(model: PreTrainedModel, data: Data, watchers: Sequence[Watcher]) -
     """
     start = time.perf_counter()
     watches = [watcher.watch(model, data) for watcher in watchers]
-    streams = list(dict.fromkeys(name for watcher in watchers for name in watcher.streams))
+    # Each stream, and who sees it under which name: "mine" may be "prose", which is then read once.
+    streams: dict[str, dict[Watch, str]] = {}
+    for watch, watcher in zip(watches, watchers, strict=True):
+        for name in watcher.streams:
+            streams.setdefault(data.alias(name), {}).setdefault(watch, name)
     training = model.training
     model.eval()
     try:
-        for turn, stream in enumerate(streams):
-            there = [w for w, watcher in zip(watches, watchers, strict=True) if stream in watcher.streams]
+        for turn, (stream, there) in enumerate(streams.items()):
             ids = data.stream(stream, model)
             for passage in range(len(ids)):
-                _pass(model, stream, passage, ids[passage], there)
+                _pass(model, passage, ids[passage], there)
                 data.progress((turn + (passage + 1) / len(ids)) / len(streams))
     finally:
         model.train(training)
@@ -154,15 +157,15 @@ def watch_all(model: PreTrainedModel, data: Data, watchers: Sequence[Watcher]) -
     ]
 
 
-def _pass(model: PreTrainedModel, stream: str, passage: int, ids: Tensor, watches: Sequence[Watch]) -> None:
-    looking = [watch for watch in watches if watch.attention_wanted]
+def _pass(model: PreTrainedModel, passage: int, ids: Tensor, watches: dict[Watch, str]) -> None:
+    looking = {watch: stream for watch, stream in watches.items() if watch.attention_wanted}
     sites = list(dict.fromkeys(site for watch in watches for site in watch.sites()))
     logits_wanted = any(watch.logits_wanted for watch in watches)
 
     def show(layer: int, start: int, weights: Tensor, call: Call) -> None:
-        seen = Seen(stream, passage, ids, layer, start, weights, call.value[0], call.key[0])
-        for watch in looking:
-            watch.attention(seen)
+        seen = Seen("", passage, ids, layer, start, weights, call.value[0], call.key[0])
+        for watch, stream in looking.items():
+            watch.attention(replace(seen, stream=stream))
 
     with ExitStack() as stack:
         if looking:
@@ -170,7 +173,7 @@ def _pass(model: PreTrainedModel, stream: str, passage: int, ids: Tensor, watche
         values = stack.enter_context(recorded(model, sites))
         out = model(ids[None], use_cache=False, logits_to_keep=0 if logits_wanted else 1)
     logits = out.logits[0] if logits_wanted else None
-    for watch in watches:
+    for watch, stream in watches.items():
         own = {site: values[site][0] for site in watch.sites()}
         watch.through(Through(stream, passage, ids, own, logits if watch.logits_wanted else None))
 

@@ -100,7 +100,7 @@ def costs(probes: Mapping[str, Probe], model: PreTrainedModel, data: Data) -> di
     found = {}
     for name, probe in probes.items():
         if isinstance(probe, Watcher):
-            new = set(probe.streams) - seen
+            new = {data.alias(stream) for stream in probe.streams} - seen
             found[name] = float(len(new) * data.passages * data.length)
             seen |= new
         else:

@@ -31,7 +31,7 @@ class TempScale(AttentionSteer):
     Fields:
         temperature: what logits are divided by; 1 changes nothing.
 
-    Source: section 4, TempScale.
+    Source: TempScale (abstract).
 
     Example:
         >>> import foveate as fv, torch

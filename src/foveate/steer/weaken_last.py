@@ -40,7 +40,7 @@ class WeakenLast(Steer):
         part: of what: "layer" (all that it adds), "attention" or "mlp".
         heads: numbers of heads, such as "1/4": then it is only of what these heads give to the attention's last map.
 
-    Source: Interpreting Key Mechanisms of Factual Recall (2024), the section on anti-overconfidence.
+    Source: Interpreting Key Mechanisms of Factual Recall (2024), on anti-overconfidence.
 
     Example:
         >>> import foveate as fv, torch
