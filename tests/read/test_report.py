@@ -105,7 +105,7 @@ def test_commands_are_quoted_and_parse() -> None:
         recipes = given.get("recipes") or [given.get("recipe")]
         for recipe in [spec for each in recipes for spec in split_specs(each)]:
             Recipe.of(recipe)
-    assert "layers 1 the attention" in found[0].words
+    assert "in layers 1." in found[0].words
 
 
 def test_what_must_stay_is_told_where_it_was_measured() -> None:

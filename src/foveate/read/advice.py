@@ -42,7 +42,7 @@ def advice(readings: Readings) -> list[Advice]:
         reading = readings.readings.get(probe)
         return None if reading is None else reading.scores.get(name)
 
-    for name, word in (("attention", "attention"), ("mlp", "MLP")):
+    for name, word in (("attention", "Attention"), ("mlp", "MLPs")):
         change = scores("layers", name)
         if change is None:
             continue
@@ -54,9 +54,11 @@ def advice(readings: Readings) -> list[Advice]:
         found.append(
             Advice(
                 True,
-                f"{word} that hardly changes anything",
-                f"In layers {listed} the {word} changes what it is given least. That is no proof that it can go: this "
-                "measures what goes wrong without it.",
+                f"{word} that hardly change what they get"
+                if name == "mlp"
+                else f"{word} that hardly changes what it gets",
+                f"Least is changed in layers {listed}. That is no proof that they can go: this measures what goes "
+                "wrong without them.",
                 f"foveate compare {model} --recipes {shlex.quote('full,' + recipe)}",
             )
         )

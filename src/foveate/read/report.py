@@ -164,16 +164,22 @@ def _panel(panel: Any) -> dict[str, Any] | None:
         drawn = grid_svg(panel)
         return {"kind": "grid", "panel": panel, "svg": drawn} if drawn else None
     if isinstance(panel, Rows):
-        rows = [
-            [short(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else cell for cell in row]
-            for row in panel.rows
-        ]
+        rows = [[_cell(cell) for cell in row] for row in panel.rows]
         return {"kind": "rows", "panel": panel, "table": Rows(panel.title, panel.columns, rows)}
     if isinstance(panel, Marked):
         top = max([*map(abs, panel.weights), 1e-9])
         shares = [max(0.0, weight) / top for weight in panel.weights]
         return {"kind": "marked", "panel": panel, "tokens": list(zip(panel.tokens, shares, panel.weights, strict=True))}
     return None
+
+
+def _cell(cell: Any) -> Any:
+    """What stands in a table: short numbers, and white space that can be seen."""
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return short(cell)
+    if isinstance(cell, str) and cell and not cell.strip():
+        return cell.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
+    return cell
 
 
 def _data(readings: Readings, colour: dict[str, str]) -> dict[str, Any]:
