@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
+
+import torch
 
 from foveate.measure.bootstrap import Metric, perplexity, perplexity_ratio
 from foveate.methods import Method, Recipe
@@ -58,6 +60,18 @@ def claim(name: str) -> Callable[[C], C]:
         return cls
 
     return decorate
+
+
+def random_others(total: int, count: int, chosen: Iterable[int], seed: int) -> list[int]:
+    """`count` of `total` units drawn at random among those that are not `chosen`: the control of a causal claim.
+
+    Example:
+        >>> random_others(6, 2, chosen=[0, 1, 2, 3], seed=0) in ([4, 5], [5, 4])
+        True
+    """
+    rest = sorted(set(range(total)) - {int(each) for each in chosen})
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:count]
+    return [rest[i] for i in order.tolist()]
 
 
 class Streams:

@@ -85,7 +85,7 @@ def test_passages_are_no_longer_than_the_models_positions():
 
 def test_too_short_a_text_is_a_sentence(model):
     given = Data(fv.tiny_tokenizer(), Text("note", "a short note", "b" * 100), length=32)
-    with pytest.raises(FoveateError, match=r"text note has 12 tokens, and passages of 32 .* at most 12 tokens\."):
+    with pytest.raises(FoveateError, match=r"text note has 12 tokens, and 4 passages of 32 .* at most 3 tokens\."):
         given.stream("mine", model)
 
 

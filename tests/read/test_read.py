@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,16 @@ def model():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often the passes of `induction` were made."""
+    """The probes that passes were made for."""
     passes: list[str] = []
-    watch = Induction.watch
+    module = sys.modules["foveate.read"]
+    watch_all = module.watch_all
 
-    def noting(self, model, data):
-        passes.append(self.name)
-        return watch(self, model, data)
+    def noting(model, data, watchers):
+        passes.extend(watcher.name for watcher in watchers)
+        return watch_all(model, data, watchers)
 
-    monkeypatch.setattr(Induction, "watch", noting)
+    monkeypatch.setattr(module, "watch_all", noting)
     return passes
 
 
@@ -127,7 +129,7 @@ def test_watchers_share_one_pass(model, monkeypatch):
         both = read(model, ["induction", "other"], **GIVEN)
     finally:
         handle.remove()
-    assert len(forwards) == 2 + 2 + 1  # two passages, the pace, the passage of the page
+    assert len(forwards) == 2 + 1  # two passages, and the passage of the page
     assert torch.equal(both.scores("induction.previous").scores, both.scores("other.previous").scores)
 
 
@@ -185,3 +187,54 @@ def test_a_read_only_place_is_told(model, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(FoveateError, match="written to"):
         read(model, ["induction"], out=Path(tmp_path / "x"), **GIVEN)
+
+
+def cut(model, **keep):
+    """A plan's file for a tiny model: kind -> the units of each layer that stay."""
+    from foveate.plans import Plan
+
+    return Plan.of(model, {kind: [torch.tensor(each) for each in rows] for kind, rows in keep.items()})
+
+
+def test_a_model_without_some_attention_is_read(tmp_path):
+    model = fv.tiny("llama")
+    cut(model, attention=[[], [0], [0], [0]]).save(tmp_path / "plan.json")
+    with fv.apply(model, f"plan:file={tmp_path / 'plan.json'}"):
+        readings = read(model, ["induction", "sinks", "spread"], **GIVEN)
+    assert readings.roles == [] and readings.passage.heads[0] == [] and len(readings.passage.heads[1]) == 4
+    assert float(readings.scores("induction.previous").scores.max()) <= 1
+
+
+def test_a_model_with_some_heads_cut_is_told_before_any_work(tmp_path):
+    model = fv.tiny("llama")
+    cut(model, kv_head=[[0], [0, 1], [0, 1], [0, 1]]).save(tmp_path / "plan.json")
+    with fv.apply(model, f"plan:file={tmp_path / 'plan.json'}"):
+        with pytest.raises(FoveateError, match="before its heads were cut"):
+            read(model, ["induction"], out=tmp_path / "out", **GIVEN)
+        assert not (tmp_path / "out").exists()
+        readings = read(model, ["layers"], **GIVEN)  # it needs no heads
+    assert readings.passage is None and "heads" in readings.skipped["passage"]
+
+
+def test_a_model_in_training_mode_is_read_in_eval_and_left_as_it_was():
+    model = fv.tiny("gpt2", attn_pdrop=0.5, resid_pdrop=0.5).train()
+    model.lm_head.eval()
+    first, again = (read(model, ["induction"], **GIVEN) for _ in range(2))
+    assert first.passage == again.passage and torch.equal(
+        first.scores("induction.previous").scores, again.scores("induction.previous").scores
+    )
+    assert model.training and not model.lm_head.training
+
+
+def test_a_model_of_few_positions_is_read():
+    model = fv.tiny("gpt2", max_position_embeddings=32)
+    assert read(model, ["induction"], **{**GIVEN, "show": True})["induction"].setting["length"] == 32
+
+
+def test_a_reading_without_its_parts_is_damaged(model, tmp_path):
+    read(model, ["induction"], out=tmp_path, **GIVEN)
+    given = json.loads((tmp_path / "reading.json").read_text())
+    for broken in ({k: v for k, v in given.items() if k != "asked"}, {**given, "readings": {"induction": {}}}):
+        (tmp_path / "reading.json").write_text(json.dumps(broken))
+        with pytest.raises(FoveateError, match="damaged"):
+            Readings.load(tmp_path)

@@ -63,7 +63,7 @@ def test_a_budget_spends_them(model, folder):
 
 def test_a_budget_takes_heads_only(model, folder, tmp_path):
     given = json.loads((folder / "reading.json").read_text())
-    given["readings"]["induction"]["scores"]["previous"]["kind"] = "layer"
+    given["readings"]["induction"]["scores"]["previous"]["kind"] = "token"
     (tmp_path / "reading.json").write_text(json.dumps(given))
     with (
         pytest.raises(FoveateError, match="scores of its heads"),
@@ -95,3 +95,13 @@ def test_the_scores_of_a_cut_model_are_still_its_kin_but_not_of_other_layers(mod
     shallow = fv.thin(model, "skip-layers:keep=0.67", tokenizer=fv.tiny_tokenizer())
     with pytest.raises(FoveateError, match="3 layers, and this one has 2"):
         load_scores(folder, "induction.previous", shallow)
+
+
+def test_what_the_probe_measured_is_what_the_budget_retrieval_spends(model, tmp_path):
+    from foveate.cache.budgets.base import BUDGETS
+    from foveate.methods import Target
+
+    fv.read(model, ["retrieval-heads"], out=tmp_path, **GIVEN)
+    target = Target.of(model, tokenizer=fv.tiny_tokenizer())
+    measured = BUDGETS.parse(f"measured:file={tmp_path},of=retrieval-heads,whole=0.1")
+    assert torch.equal(measured.weights(target, 0.5), BUDGETS.parse("retrieval:whole=0.1").weights(target, 0.5))

@@ -88,3 +88,22 @@ def test_needles_hold_the_answer_where_they_say():
         assert c.text.shape == (1, 120)
         assert torch.equal(c.text[:, c.start : c.end], c.answer)
         assert len("".join(tokenizer.decode(c.answer[0]).split())) >= 5
+
+
+def test_heads_of_layers_with_a_window_are_scored_by_places_in_the_text():
+    model = fv.tiny("gemma3_text", sliding_window=64)
+    cases = [Needle(t, 100, 104, t[:, 96:100], t[:, 100:104]) for t in (case(i, 128).text for i in range(20))]
+    expected = torch.zeros(4, 4)
+    model.set_attn_implementation("eager")
+    for c in cases:
+        ids = torch.cat([c.text, c.question, c.answer], 1)
+        with torch.no_grad():
+            maps = model(ids, output_attentions=True, use_cache=False).attentions
+        for layer, weights in enumerate(maps):
+            for i in range(4):
+                best = weights[0, :, c.text.shape[1] + c.question.shape[1] - 1 + i].argmax(-1)
+                same = ids[0, best] == c.answer[0, i]
+                expected[layer] += ((best >= 100) & (best < 104) & same).float()
+    model.set_attn_implementation("sdpa")
+    assert expected.sum() > 0
+    torch.testing.assert_close(retrieval_scores(model, cases).scores, expected / 80)

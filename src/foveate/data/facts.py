@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
+from foveate.models.anatomy import anatomy
 
 CAPITALS = {
     "France": "Paris",
@@ -193,7 +194,8 @@ def known_facts(
         least: the least probability of the answer.
 
     Returns:
-        In the order of `facts`; facts that this tokenizer can't tell apart are left out.
+        In the order of `facts`; facts that this tokenizer can't tell apart, or that are longer than the model's
+        positions, are left out.
 
     Example:
         >>> import foveate as fv
@@ -201,11 +203,14 @@ def known_facts(
         []
     """
     prompts = []
+    longest = anatomy(model).max_positions
     for fact in facts:
         try:
-            prompts.append(prompt_of(fact, tokenizer))
+            prompt = prompt_of(fact, tokenizer)
         except FoveateError:
             continue
+        if prompt.ids.shape[1] < longest:
+            prompts.append(prompt)
     known: dict[int, Prompt] = {}
     for group in by_length(prompts):
         ids = torch.cat([prompts[i].ids for i in group]).to(model.device)

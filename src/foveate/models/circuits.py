@@ -126,3 +126,13 @@ def _weight(module: nn.Module | None) -> Tensor | None:
     if not isinstance(weight, Tensor):
         return None
     return (weight.T if isinstance(module, Conv1D) else weight).detach().float()
+
+
+def require_plain_widths(who: str, parts: Anatomy) -> None:
+    """Raise FoveateError where the embedding or the head has another width than the layers (OPT-350m)."""
+    widths = (next(parts.embedding.parameters()).shape[-1], next(parts.head.parameters()).shape[-1])
+    if widths != (parts.hidden, parts.hidden):
+        raise FoveateError(
+            f"{who}: this model's embedding and head have {widths[0]} and {widths[1]} channels, and its layers have "
+            f"{parts.hidden}: what lies between can't be read through the head. Leave this probe out."
+        )

@@ -50,6 +50,8 @@ class Planted:
     """
 
     def __init__(self, layers: int = 3, heads: int = 4, sharp: float = 24.0):
+        if heads not in (1, 2, 4):
+            raise FoveateError(f"{heads} planted heads were asked for: give 1, 2 or 4, with {VOCAB} channels or more.")
         config = GPT2Config(
             vocab_size=VOCAB,
             n_positions=POSITIONS,
@@ -67,8 +69,6 @@ class Planted:
             eos_token_id=258,
         )
         self.width, self.sharp = HIDDEN // heads, sharp
-        if self.width < VOCAB:
-            raise FoveateError(f"planted heads need {VOCAB} channels each: at most {HIDDEN // VOCAB} heads.")
         with torch.random.fork_rng(devices=[]):
             self._model: Any = GPT2LMHeadModel(config)
         self._neurons = [0] * layers

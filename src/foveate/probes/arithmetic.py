@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
@@ -208,7 +208,12 @@ class Arithmetic(Probe):
         super().check(model, data)
         if self.pairs < 2:
             raise FoveateError(f"arithmetic on {self.pairs} pairs of sums was asked for: give at least 2.")
-        sums(data.tokenizer, SUMS[:1], examples(data.seed))
+        longest = sums(data.tokenizer, SUMS[:1], examples(data.seed))[0].ids.shape[1]
+        if longest > anatomy(model).max_positions:
+            raise FoveateError(
+                f"arithmetic: its prompts have {longest} tokens, and this model has {anatomy(model).max_positions} "
+                "positions: take another model."
+            )
 
     def cost(self, model: PreTrainedModel, data: Data) -> float:
         parts = anatomy(model)
@@ -292,7 +297,7 @@ class FewHeadsAdd(Claim):
         total = found.heads.numel()
         count = max(1, round(0.05 * total))
         best = found.heads.flatten().argsort(descending=True)[:count]
-        chance = [torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count] for seed in range(3)]
+        chance = [torch.tensor(random_others(total, count, best.tolist(), seed)) for seed in range(3)]
         prompts = [sums(bench.tokenizer, judging, examples(turn, choosing)) for turn in range(TURNS)]
         hits = []
         for done, heads in enumerate([best[:0], best, *chance]):

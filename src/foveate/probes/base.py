@@ -11,7 +11,8 @@ import importlib
 import json
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -92,10 +93,11 @@ class Data:
         text = self.text if name in ("mine", self.text.name) else load_text(name)
         ids = _encoded(text.calibration, self.tokenizer)
         room = ids.shape[1] - length
-        if room < 0:
+        if ids.shape[1] < self.passages * length:  # or they would overlap, and intervals would be too narrow
             raise FoveateError(
-                f"the calibration part of the text {text.name} has {ids.shape[1]} tokens, and passages of {length} "
-                f"were asked for: give a longer text, or passages of at most {ids.shape[1]} tokens."
+                f"the calibration part of the text {text.name} has {ids.shape[1]} tokens, and {self.passages} passages "
+                f"of {length} were asked for: give a longer text, or passages of at most "
+                f"{ids.shape[1] // self.passages} tokens."
             )
         starts = [room * i // max(1, self.passages - 1) for i in range(self.passages)]
         return torch.cat([ids[:, start : start + length] for start in starts]).to(model.device)
@@ -385,6 +387,28 @@ PARTS.append(PROBES)
 def probe(name: str) -> Callable[[C], C]:
     """Class decorator: register a probe under its short name, as a frozen keyword-only dataclass."""
     return PROBES.register(name)
+
+
+@contextmanager
+def quiet(model: PreTrainedModel) -> Iterator[None]:
+    """While in force, the model is in eval mode; afterwards each module is in the mode in which it was.
+
+    Example:
+        >>> import foveate as fv
+        >>> model = fv.tiny("llama").train()
+        >>> with quiet(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 def clear_heads(

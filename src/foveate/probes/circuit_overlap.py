@@ -396,6 +396,9 @@ class CircuitsAreReused(Claim):
                 **{f"gained with {name}": gain for name, gain in zip(names, gains[1:], strict=True)},
             },
             {
+                "the model can do both tasks": all(
+                    found.metrics[f"{task}: lead of the right answer (logits)"].low > 0 for task in TASKS
+                ),
                 "the circuits share more heads than chance would (p < 0.01)": (
                     found.metrics["as many by chance (probability)"].value < 0.01
                 ),

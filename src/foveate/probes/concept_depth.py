@@ -18,7 +18,7 @@ from foveate.measure.bootstrap import Metric
 from foveate.methods import Paper, UnitScores, apply
 from foveate.models.anatomy import anatomy
 from foveate.models.patching import Site, recorded
-from foveate.probes.base import Data, Lines, Reading, Rows, probe
+from foveate.probes.base import Data, Lines, Reading, Rows, probe, quiet
 from foveate.probes.base import Probe as Base
 from foveate.probes.concept_texts import Labelled, tasks
 from foveate.tasks.base import Bench
@@ -266,7 +266,7 @@ def last_states(
         # Filled up at the end, where no token of the text looks.
         batch = torch.nn.utils.rnn.pad_sequence([ids[at] for at in rows], batch_first=True).to(model.device)
         last = torch.tensor([len(ids[at]) - 1 for at in rows], device=model.device)
-        with recorded(model, sites) as values:
+        with quiet(model), recorded(model, sites) as values:
             model(batch, use_cache=False, logits_to_keep=1)
         for depth, site in enumerate(sites):
             states[depth, rows] = values[site][torch.arange(len(rows), device=model.device), last].float().cpu()

@@ -15,7 +15,7 @@ from foveate.measure.bootstrap import Metric, mean
 from foveate.measure.ranks import rank_correlation
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import Anatomy, anatomy
-from foveate.models.circuits import folded, folded_maps
+from foveate.models.circuits import folded, folded_maps, require_plain_widths
 from foveate.models.patching import Site
 from foveate.probes.base import Data, Probe, Reading, Role, Rows, counted, named, probe
 from foveate.probes.induction import LEAST as INDUCTION
@@ -67,6 +67,7 @@ class Copying(Probe):
 
     def check(self, model: PreTrainedModel, data: Data) -> None:
         parts = anatomy(model)
+        require_plain_widths("copying", parts)
         for layer in parts.layers:
             folded_maps(parts, layer.index)
 
@@ -225,7 +226,7 @@ class WeightsTellWhoCopies(Claim):
             float(copying[torch.randperm(len(copying), generator=draw)[: len(those)]].mean()) for _ in range(1000)
         ]
         mean_those = float(those.mean()) if len(those) else float("nan")
-        above = sum(each >= mean_those for each in chance) / len(chance)
+        above = sum(each >= mean_those for each in chance) / len(chance) if len(those) else 1.0
         alike = rank_correlation(copying, done)
         own = rank_correlation(weights.scores["own token"].scores.flatten(), done)
         clear = copying >= weights.setting["least"]

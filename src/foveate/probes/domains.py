@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.data.text import load_text
 from foveate.measure.bootstrap import Metric, perplexity_ratio
 from foveate.methods import Paper, UnitScores
@@ -160,8 +160,9 @@ class DormantHeadsAreIdle(Claim):
             kept = best.indices[best.values > 0].tolist()
             sets[f"{len(kept)} heads most active on {name} only"] = [divmod(i, parts.heads) for i in kept]
         total = len(parts.layers) * parts.heads
+        chosen = [layer * parts.heads + head for heads in sets.values() for layer, head in heads]
         for seed in range(3):
-            drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.count].tolist()
+            drawn = random_others(total, self.count, chosen, seed)
             sets[f"{self.count} random heads, set {seed + 1}"] = [divmod(i, parts.heads) for i in drawn]
         texts = {name: _Text(bench, name, self.passages) for name in ("code", "prose")}
         found: dict[str, _Ratios] = {}

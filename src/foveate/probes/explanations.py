@@ -21,7 +21,7 @@ from foveate.measure.bootstrap import Metric, mean
 from foveate.methods import Paper
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import replaced_attention
-from foveate.probes.base import Data, Grid, Marked, Panel, Probe, Reading, Rows, probe
+from foveate.probes.base import Data, Grid, Marked, Panel, Probe, Reading, Rows, probe, quiet
 from foveate.probes.watch import in_blocks
 from foveate.tasks.base import Bench, passages
 
@@ -99,6 +99,10 @@ class Explanations(Probe):
         return float(2 * data.passages * rows * self.tokens)
 
     def measure(self, model: PreTrainedModel, data: Data) -> Reading:
+        with quiet(model):
+            return self._measure(model, data)
+
+    def _measure(self, model: PreTrainedModel, data: Data) -> Reading:
         self.check(model, data)
         read = replace(data, length=self.tokens).stream("mine", model)
         asked, answers, sources = planted_evidence(model, data, data.passages, self.tokens, data.seed)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.data.facts import Prompt, known_facts
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import Anatomy, anatomy
 from foveate.models.attention import Call, replaced_attention
-from foveate.models.circuits import head_maps
+from foveate.models.circuits import head_maps, require_plain_widths
 from foveate.models.patching import Site, ablated, recorded
 from foveate.probes.base import Data, Lines, Probe, Reading, Role, named, probe
 from foveate.probes.watch import in_blocks
@@ -62,6 +62,7 @@ def attributed(model: PreTrainedModel, facts: Sequence[Prompt], answers: Tensor,
         progress: called with the fraction done.
     """
     parts = anatomy(model)
+    require_plain_widths("factual-recall", parts)
     layers, count = parts.layers, len(parts.layers)
     weight = parts.head.weight.detach().float()  # type: ignore[union-attr, operator]
     answers = answers.to(weight.device)
@@ -307,6 +308,10 @@ class LastLayerSuppresses(Claim):
     def run(self, bench: Bench) -> Finding:
         model, parts = bench.model, anatomy(bench.model)
         facts = known_facts(model, bench.tokenizer, most=MOST)
+        if len(facts) < 4:
+            raise FoveateError(
+                f"the model knows {len(facts)} of the facts, and the claim needs at least 4: take another."
+            )
         answers, own = torch.tensor([fact.answer for fact in facts]).unique(return_inverse=True)
         found = attributed(model, facts, answers, lambda part: bench.progress(0.4 * part))
         right, half = (torch.arange(len(facts)), own), torch.tensor(_first_half(facts))
@@ -317,8 +322,7 @@ class LastLayerSuppresses(Claim):
         best = _own(found.head, own)[half].mean(0).flatten().argsort(descending=True)[:count]
         sets = [best[:0], best]
         for seed in range(3):
-            drawn = torch.randperm(found.head[0, 0].numel(), generator=torch.Generator().manual_seed(seed))
-            sets.append(drawn[:count])
+            sets.append(torch.tensor(random_others(found.head[0, 0].numel(), count, best.tolist(), seed)))
         rest = [fact for fact, first in zip(facts, half.tolist(), strict=True) if not first]
         leads = []
         for done, heads in enumerate(sets):

@@ -17,7 +17,7 @@ from foveate.measure.bootstrap import Metric, mean
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.patching import Site, recorded
-from foveate.probes.base import Data, Grid, Lines, Panel, Probe, Reading, clear_heads, probe
+from foveate.probes.base import Data, Grid, Lines, Panel, Probe, Reading, clear_heads, probe, quiet
 from foveate.tasks.base import Bench
 from foveate.tasks.copying import NOUNS
 
@@ -95,6 +95,10 @@ class InContextGraph(Probe):
         return float(self.walks * self.length(model))
 
     def measure(self, model: PreTrainedModel, data: Data) -> Reading:
+        with quiet(model):
+            return self._measure(model, data)
+
+    def _measure(self, model: PreTrainedModel, data: Data) -> Reading:
         walks = [walk(data, self.length(model) + 1, data.seed * 1000 + i) for i in range(self.walks)]
         found = [look(model, each, self.window, data, (i, self.walks)) for i, each in enumerate(walks)]
         layers = range(len(anatomy(model).layers))
@@ -328,7 +332,8 @@ class MapsFromContext(Claim):
         def data(seed: int, start: float, share: float) -> Data:
             return Data(bench.tokenizer, bench.text, seed=seed, progress=lambda d: bench.progress(start + share * d))
 
-        layer = round(len(anatomy(model).layers) * 26 / 32)
+        layers = len(anatomy(model).layers)
+        layer = min(layers - 1, round(layers * 26 / 32))
         sides: dict[str, list[Look]] = {}
         for turn, (name, anywhere) in enumerate((("walks", False), ("no map", True))):
             reads = data(2, 0.5 * turn, 0.5)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.measure.bootstrap import Metric, mean
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
@@ -57,6 +58,11 @@ class _Watch(Watch):
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("induction", "previous", "duplicate")}
         self.counts = dict.fromkeys(self.sums, 0)
 
+    def begin(self, ids: Tensor) -> None:
+        period = len(ids) // 2
+        for name, first in (("induction", period + 1), ("previous", 1), ("duplicate", period)):
+            self.counts[name] += max(0, len(ids) - first)
+
     def attention(self, seen: Seen) -> None:
         period = len(seen.ids) // 2
         queries = torch.arange(seen.start, seen.start + seen.weights.shape[1])
@@ -70,8 +76,6 @@ class _Watch(Watch):
             if len(rows):
                 looked = seen.weights[:, rows - seen.start, rows - back]
                 self.sums[name][seen.layer] += looked.double().sum(-1).cpu()
-                if seen.layer == 0:
-                    self.counts[name] += len(rows)
 
     def reading(self) -> Reading:
         scores = {name: UnitScores("head", self.sums[name] / max(1, self.counts[name])) for name in self.sums}
@@ -121,16 +125,18 @@ class InductionHeadsCopy(Claim):
         model, parts = bench.model, anatomy(bench.model)
         found = Induction().measure(model, Data(bench.tokenizer, bench.text, length=256, passages=4, seed=1))
         count = max(1, round(0.05 * len(parts.layers) * parts.heads))
-        best, rest = found.scores["induction"].scores.flatten().argsort(descending=True).tensor_split([count])
-        sets = [best, *(rest[_random(len(rest), count, seed)] for seed in range(3))]
+        total = len(parts.layers) * parts.heads
+        best = found.scores["induction"].scores.flatten().argsort(descending=True)[:count].tolist()
+        sets = [best, *(random_others(total, count, best, seed) for seed in range(3))]
         ids = Data(bench.tokenizer, bench.text, length=256, passages=16, seed=2).stream("repeat", model)
         gains = []
-        for done, heads in enumerate([torch.empty(0, dtype=torch.long), *sets]):
-            with torch.no_grad(), ablated(model, [divmod(int(h), parts.heads) for h in heads]):
+        for done, heads in enumerate([[], *sets]):
+            with torch.no_grad(), ablated(model, [divmod(h, parts.heads) for h in heads]):
                 rows = []
                 for row in ids:
                     losses = surprisal(model(row[None]).logits[:, :-1], row[None, 1:])[0]
-                    rows.append(float(losses[:127].mean() - losses[128:].mean()))
+                    half = len(row) // 2
+                    rows.append(float(losses[: half - 1].mean() - losses[half:].mean()))
             gains.append(rows)
             bench.progress((done + 1) / (len(sets) + 1))
         whole, without, *random = (mean(rows) for rows in gains)
@@ -148,7 +154,3 @@ class InductionHeadsCopy(Claim):
                 "without as many random heads it stays, in all three sets": all(r.high < 0.25 for r in lost[1:]),
             },
         )
-
-
-def _random(heads: int, count: int, seed: int) -> torch.Tensor:
-    return torch.randperm(heads, generator=torch.Generator().manual_seed(seed))[:count]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.measure.bootstrap import Metric, mean, perplexity, perplexity_ratio
 from foveate.measure.ranks import correlation
 from foveate.methods import Paper, UnitScores
@@ -143,7 +143,7 @@ class SmallChangesCostLittle(Claim):
         model = bench.model
         count = len(anatomy(model).layers)
         scores = Layers().measure(model, Data(bench.tokenizer, bench.text)).scores
-        texts = passages(bench, 2, 512)
+        texts = passages(bench, 2, min(512, anatomy(model).max_positions))
         # Nothing, every sublayer alone, then the sets of each kind.
         alone = [(kind, at) for kind in SUBLAYERS for at in range(count)]
         steps, done = 2 + len(alone) // 2 + 4 * len(CHANGED), 0.0
@@ -167,9 +167,7 @@ class SmallChangesCostLittle(Claim):
                 metrics[f"rank correlation of change and cost, {kind}"] = (alike := correlation(change, costs))
                 checks[f"{kind}: the less it changes, the less it costs (above chance)"] = alike.low > 0
             sets = [change.argsort()[:COUNT].tolist()]
-            sets += [
-                torch.randperm(count, generator=torch.Generator().manual_seed(s))[:COUNT].tolist() for s in range(3)
-            ]
+            sets += [random_others(count, COUNT, sets[0], seed) for seed in range(3)]
             lost = [without([(k, at) for at in each for k in kinds], texts) for each in sets]
             over[kind] = perplexity_ratio(lost[0], whole, [BLOCK] * len(whole))
             metrics[f"over whole: {kind}, the {COUNT} that change least"] = over[kind]

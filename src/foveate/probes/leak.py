@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
@@ -284,7 +284,7 @@ class LeaksTakeAPath(Claim):
         count = max(1, int(0.05 * len(found)))
         sets = [found.argsort(descending=True)[:count]]
         for seed in range(3):
-            sets.append(torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count])
+            sets.append(torch.tensor(random_others(len(found), count, sets[0].tolist(), seed)))
         asked = instructions(JUDGED, 2, slice(1, None, 2))
         perplexity = paths(model, tokenizer, asked).perplexity
         strange = [defended(text, seed) for seed, text in enumerate(asked)]

@@ -15,6 +15,7 @@ from foveate.measure.bootstrap import Metric, mean
 from foveate.measure.ranks import rank_correlation
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import Anatomy, anatomy
+from foveate.models.circuits import require_plain_widths
 from foveate.models.patching import Patch, Site, patched, recorded
 from foveate.probes.base import Data, Lines, Panel, Reading, Rows, probe
 from foveate.probes.watch import Through, Watch, Watcher
@@ -65,12 +66,7 @@ class LogitLens(Watcher):
 
     def check(self, model: PreTrainedModel, data: Data) -> None:
         parts = anatomy(model)
-        width = next(parts.head.parameters()).shape[-1]
-        if width != parts.hidden:
-            raise FoveateError(
-                f"logit-lens: this model's head reads {width} channels, and its layers have "
-                f"{parts.hidden}: what lies between them can't be read through the head. Leave this probe out."
-            )
+        require_plain_widths("logit-lens", parts)
 
     def cost(self, model: PreTrainedModel, data: Data) -> float:
         parts = anatomy(model)
@@ -290,5 +286,5 @@ class GuessesAreRefined(Claim):
             kept, lost = (mean(there[group].tolist() or [0.0]) for group in (before, ~before))
             metrics[f"guesses that change without layer {layer}, settled before it"] = kept
             metrics[f"guesses that change without layer {layer}, not settled"] = lost
-            checks[f"without layer {layer}, fewer settled guesses change"] = kept.high < lost.low
+            checks[f"without layer {layer}, fewer settled guesses change"] = bool(before.any()) and kept.high < lost.low
         return Finding(metrics, checks)

@@ -142,7 +142,7 @@ class RetrievalHeadsRetrieve(Claim):
         flat = found.scores().scores.flatten()
         order = flat.argsort(descending=True, stable=True).tolist()
         most = max(1, int(0.05 * len(order)))
-        ks = sorted({min(k, most) for k in KS})
+        ks = sorted({*(k for k in KS if k <= most), most})
         runs, of = 0, 1 + len(ks) + 6
 
         def keys(masked: Sequence[int]) -> Metric:

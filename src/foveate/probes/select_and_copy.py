@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
@@ -421,7 +421,7 @@ class OneHeadKnowsMore(Claim):
         layers, heads = heard.qk.shape[1:3]
         right, attended = _right(heard.qk, asked).double(), _right(heard.attention, asked).double()
         head, letter = right[:, best[0], best[1]], _right(heard.letters, asked).double()
-        drawn = torch.randperm(layers * heads, generator=torch.Generator().manual_seed(0))[:27]
+        drawn = torch.tensor(random_others(layers * heads, 27, [best[0] * heads + best[1]], seed=0))
         others = right.flatten(1)[:, drawn].mean(1)
         over_letter, over_random = mean((head - letter).tolist()), mean((head - others).tolist())
         return Finding(

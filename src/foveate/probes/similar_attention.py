@@ -172,6 +172,11 @@ class SimilarityPredictsSharing(Claim):
         found = SimilarAttention().measure(model, Data(bench.tokenizer, bench.text))
         own = found.scores["own attention"].scores[:, 0]
         inner = [at for at in range(1, count - 1) if own[at] == own[at]]
+        if len(inner) < 4:
+            raise FoveateError(
+                f"only {len(inner)} of this model's layers could share the attention of the layer before, and the "
+                "claim needs at least 4: take a deeper model."
+            )
         ids = passages(bench, 1, min(TOKENS, anatomy(model).max_positions))[0]
         whole = shared_nll(model, ids, None)
         costs, moved = [], []

@@ -90,12 +90,13 @@ class _Watch(Watch):
     def sites(self) -> list[Site]:
         return [Site("residual", layer) for layer in range(self.layers + 1)]
 
+    def begin(self, ids: Tensor) -> None:
+        self.received = torch.zeros(self.layers, self.heads, len(ids))
+        self.first.zero_()
+
     def attention(self, seen: Seen) -> None:
         length, layer, end = len(seen.ids), seen.layer, seen.start + seen.weights.shape[1]
         if seen.start == 0:
-            if layer == 0:
-                self.received = torch.zeros(self.layers, self.heads, length)
-                self.first.zero_()
             norms = seen.values.float().norm(dim=-1)
             ratio = _over_median(norms).cpu()
             self.value[layer] = ratio.repeat_interleave(self.heads // len(ratio))

@@ -74,12 +74,13 @@ class _Watch(Watch):
     def sites(self) -> list[Site]:
         return [Site("residual", layer) for layer in range(self.layers + 1)]
 
+    def begin(self, ids: Tensor) -> None:
+        self.ends = [n for n in LENGTHS if n < len(ids)] + [len(ids)]
+        self.gains = torch.zeros(len(self.ends), self.layers, self.heads)
+
     def attention(self, seen: Seen) -> None:
         length, end = len(seen.ids), seen.start + seen.weights.shape[1]
         if seen.start == 0:
-            if seen.layer == 0:
-                self.ends = [n for n in LENGTHS if n < length] + [length]
-                self.gains = torch.zeros(len(self.ends), self.layers, self.heads)
             self.outputs[seen.layer] = []
         values = seen.values.to(seen.weights.dtype)
         group = self.heads // len(values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.claims import Claim, Finding, claim
+from foveate.claims import Claim, Finding, claim, random_others
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
@@ -19,7 +19,7 @@ from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import Call, replaced_attention
 from foveate.models.patching import ablated
-from foveate.probes.base import Data, Lines, Probe, Reading, clear_heads, counted, named, probe
+from foveate.probes.base import Data, Lines, Probe, Reading, clear_heads, counted, named, probe, quiet
 from foveate.probes.watch import in_blocks
 from foveate.tasks.base import Bench, passages
 from foveate.tasks.copying import FIRST, NOUNS, SECOND, _listed, _permuted, written
@@ -102,6 +102,10 @@ class Verbatim(Probe):
         return self.cases * (each * (5 + self.times + 3 * settings) + self.gap * (6.125 + self.times))
 
     def measure(self, model: PreTrainedModel, data: Data) -> Reading:
+        with quiet(model):
+            return self._measure(model, data)
+
+    def _measure(self, model: PreTrainedModel, data: Data) -> Reading:
         sizes = [max(2, self.nouns // 4), self.nouns // 2, self.nouns]
         gaps = [self.gap // 8, self.gap, 3 * self.gap]
         by_size: dict[int, list[list[float]]] = {size: [] for size in sizes}
@@ -247,7 +251,8 @@ class WordForWord(Claim):
         ]
         scores = looks_back(model, chosen).scores.flatten()
         count = max(1, round(0.05 * scores.numel()))
-        sets = [scores.argsort(descending=True)[:count], *(_random(scores.numel(), count, seed) for seed in range(3))]
+        best = scores.argsort(descending=True)[:count].tolist()
+        sets = [best, *(random_others(scores.numel(), count, best, seed) for seed in range(3))]
         lists = [Lists.drawn(10, 2000 + i) for i in range(CASES)]
         texts = passages(bench, CASES, FAR)
         near, far = [], []
@@ -292,7 +297,3 @@ class WordForWord(Claim):
                 "without as many random heads it stays, in all three sets": all(r.high < 0.25 for r in lost[1:]),
             },
         )
-
-
-def _random(heads: int, count: int, seed: int) -> Tensor:
-    return torch.randperm(heads, generator=torch.Generator().manual_seed(seed))[:count]

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foveate.errors import FoveateError
 from foveate.models.anatomy import anatomy
-from foveate.models.attention import Call, replaced_attention, visible_to
+from foveate.models.attention import Call, check_free, replaced_attention, visible_to
 from foveate.models.patching import Site, recorded
-from foveate.probes.base import Data, Probe, Reading
+from foveate.models.surgery import has_attention, unit_counts
+from foveate.probes.base import Data, Probe, Reading, quiet
 
 BLOCK = 1 << 24
 """Attention weights held at a time (64 MiB in float32)."""
@@ -84,8 +86,11 @@ class Watch:
         """The sites whose values are shown to `through`."""
         return []
 
+    def begin(self, ids: Tensor) -> None:
+        """A passage, LongTensor (token,), is about to be read."""
+
     def attention(self, seen: Seen) -> None:
-        """Look at a layer's attention, on the model's device."""
+        """Look at a layer's attention, on the model's device; a layer that has none is not shown."""
 
     def through(self, passage: Through) -> None:
         """A passage is through."""
@@ -102,6 +107,10 @@ class Watcher(Probe):
     """
 
     streams: ClassVar[tuple[str, ...]] = ("mine",)
+
+    def check(self, model: PreTrainedModel, data: Data) -> None:
+        if self.watch(model, data).attention_wanted:
+            require_plain_heads(model)
 
     @abstractmethod
     def watch(self, model: PreTrainedModel, data: Data) -> Watch:
@@ -128,22 +137,20 @@ def watch_all(model: PreTrainedModel, data: Data, watchers: Sequence[Watcher]) -
         ['induction']
     """
     start = time.perf_counter()
+    if any(watcher.watch(model, data).attention_wanted for watcher in watchers):
+        require_plain_heads(model)
     watches = [watcher.watch(model, data) for watcher in watchers]
     # Each stream, and who sees it under which name: "mine" may be "prose", which is then read once.
     streams: dict[str, dict[Watch, str]] = {}
     for watch, watcher in zip(watches, watchers, strict=True):
         for name in watcher.streams:
             streams.setdefault(data.alias(name), {}).setdefault(watch, name)
-    training = model.training
-    model.eval()
-    try:
+    with quiet(model):
         for turn, (stream, there) in enumerate(streams.items()):
             ids = data.stream(stream, model)
             for passage in range(len(ids)):
                 _pass(model, passage, ids[passage], there)
                 data.progress((turn + (passage + 1) / len(ids)) / len(streams))
-    finally:
-        model.train(training)
     readings = [watch.reading() for watch in watches]
     seconds = time.perf_counter() - start
     shared = {"passages": data.passages, "length": min(data.length, anatomy(model).max_positions), "seed": data.seed}
@@ -157,6 +164,23 @@ def watch_all(model: PreTrainedModel, data: Data, watchers: Sequence[Watcher]) -
     ]
 
 
+def require_plain_heads(model: PreTrainedModel) -> None:
+    """Raise FoveateError where attention can't be shown head by head: other modules, or layers of fewer heads."""
+    parts = anatomy(model)
+    check_free("a reading", parts)
+    for layer, heads in zip(parts.layers, unit_counts(model, "head"), strict=True):
+        if not getattr(layer.attention, "plain_entries", True):
+            raise FoveateError(
+                f"layer {layer.index} holds a {type(layer.attention).__name__} in the place of attention, whose "
+                "weights can't be shown head by head: read the model before it was converted."
+            )
+        if has_attention(layer) and heads != parts.heads:
+            raise FoveateError(
+                f"layer {layer.index} has {heads} heads and others have {parts.heads}: the map of heads needs layers "
+                "that are alike. Read the model before its heads were cut."
+            )
+
+
 def _pass(model: PreTrainedModel, passage: int, ids: Tensor, watches: dict[Watch, str]) -> None:
     looking = {watch: stream for watch, stream in watches.items() if watch.attention_wanted}
     sites = list(dict.fromkeys(site for watch in watches for site in watch.sites()))
@@ -167,6 +191,8 @@ def _pass(model: PreTrainedModel, passage: int, ids: Tensor, watches: dict[Watch
         for watch, stream in looking.items():
             watch.attention(replace(seen, stream=stream))
 
+    for watch in watches:
+        watch.begin(ids)
     with ExitStack() as stack:
         if looking:
             stack.enter_context(replaced_attention(model, in_blocks(show), "a reading"))

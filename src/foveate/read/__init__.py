@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text as Shown
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.compare.grid import setting_of
@@ -24,11 +25,11 @@ from foveate.methods import UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.load import load, model_name, tokenizer_for
 from foveate.models.stored import kin
-from foveate.probes.base import PROBES, Data, Probe, Reading, Role, counted
-from foveate.probes.watch import Watcher, watch_all
+from foveate.probes.base import PROBES, Data, Probe, Reading, Role, counted, quiet
+from foveate.probes.watch import Watcher, require_plain_heads, watch_all
 from foveate.read.passage import PASSAGE, Attended, attended, passage_ids
 from foveate.read.shown import Progress
-from foveate.scores.file import FORMAT, read_file
+from foveate.scores.file import FORMAT, damaged, read_file
 from foveate.specs import nearest
 
 __all__ = ["Readings", "read"]
@@ -146,14 +147,15 @@ class Readings:
         """
         given = read_file(path)
         folder = Path(path).expanduser()
-        return cls(
-            **{
-                name: given[name]
-                for name in ("model", "asked", "layers", "heads", "kv_heads", "kin", "skipped", "setting")
-            },
-            readings={name: Reading.from_json(reading) for name, reading in given["readings"].items()},
-            folder=folder if folder.is_dir() else folder.parent,
-        )
+        names = ("model", "asked", "layers", "heads", "kv_heads", "kin", "skipped", "setting")
+        try:
+            return cls(
+                **{name: given[name] for name in names},
+                readings={name: Reading.from_json(reading) for name, reading in given["readings"].items()},
+                folder=folder if folder.is_dir() else folder.parent,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(path) from error
 
     def report(self, path: str | Path) -> Path:
         """Write the page, one HTML file that opens offline, and say where."""
@@ -186,8 +188,8 @@ def read(
         model: what `foveate.load` takes, or a live model; it is afterwards as it was.
         probes: names, with fields as in `"sinks:alpha=4"`, or `Probe` objects; by default those that are quick and
             tell of any model (`foveate catalog --role probe` has all).
-        out: a folder for `reading.json`, written after every probe, and `anatomy.html`. A reading that was stopped
-            goes on there. Without it nothing is written.
+        out: a folder for `reading.json`, written after every probe (after all that share passes, together), and
+            `anatomy.html`. A reading that was stopped goes on there. Without it nothing is written.
         tokenizer: of a live model that `foveate.load` didn't load.
         text: the reader's text: `prose`, `code`, a file, or `hub:NAME`; its calibration part is read.
         passage: a text over which the page shows each head's attention, up to its first 96 tokens or so; by default a
@@ -229,12 +231,16 @@ def read(
                 raise
             skipped[each] = str(error)
             del chosen[each]
-    shown_ids = passage_ids(passage if passage is not None else PASSAGE, words_tokenizer, parts)
+    shown_ids: Tensor | None = passage_ids(passage if passage is not None else PASSAGE, words_tokenizer, parts)
+    try:
+        require_plain_heads(live)
+    except FoveateError as error:  # the page can do without
+        skipped["passage"], shown_ids = str(error), None
     setting = setting_of(live, words, seed) | {"length": length, "passages": passages}
     name = model_name(live)
     asked = name if isinstance(model, PreTrainedModel) else str(model)
     readings = Readings(name, asked, len(parts.layers), parts.heads, parts.kv_heads, kin(live), {}, skipped, setting)
-    with _folder(None if out is None else Path(out), readings) as (place, before):
+    with quiet(live), _folder(None if out is None else Path(out), readings) as (place, before):
         fields = {name: _fields(probe) for name, probe in chosen.items()}
         done = {n: r for n, r in before.items() if n in chosen and r.setting.get("fields", {}) == fields[n]}
         missing = {name: probe for name, probe in chosen.items() if name not in done}
@@ -258,9 +264,8 @@ def read(
                     kept = {**{n: r for n, r in before.items() if n not in done}, **done}
                     _put(place / "reading.json", replace(readings, readings=kept))
         kept = {**{n: r for n, r in before.items() if n not in chosen}, **{n: done[n] for n in chosen}}
-        result = replace(
-            readings, readings=kept, folder=place, passage=attended(live, shown_ids, words_tokenizer, parts)
-        )
+        seen = None if shown_ids is None else attended(live, shown_ids, words_tokenizer, parts)
+        result = replace(readings, readings=kept, folder=place, passage=seen)
         if place is not None:
             _put(place / "reading.json", result)
             result.report(place / "anatomy.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
 from markupsafe import Markup
@@ -24,7 +25,8 @@ def lines_svg(panel: Lines) -> Markup:
         >>> "polyline" in lines_svg(Lines("rise", "layer", "share", {"a": [(0, 0.1), (1, 0.4)]}))
         True
     """
-    points = [p for series in panel.series.values() for p in series if p[0] is not None and p[1] is not None]
+    panel = replace(panel, series={name: [p for p in s if _there(*p)] for name, s in panel.series.items()})
+    points = [p for series in panel.series.values() for p in series]
     if not points:
         return Markup("")
     xs, ys = ticks([p[0] for p in points], 7, whole=True), ticks([p[1] for p in points], 5)
@@ -46,12 +48,11 @@ def lines_svg(panel: Lines) -> Markup:
         parts.append(f"<text x='{at}' y='{HEIGHT - BOTTOM + 16}' text-anchor='middle'>{short(x)}</text>")
     parts.append(f"<text x='{WIDTH - 12}' y='{HEIGHT - 3}' text-anchor='end'>{escape(panel.x)}</text>")
     for turn, (name, series) in enumerate(panel.series.items()):
-        there = [(x, y) for x, y in series if x is not None and y is not None]
-        drawn = " ".join(f"{a},{b}" for a, b in (place(x, y) for x, y in there))
+        drawn = " ".join(f"{a},{b}" for a, b in (place(x, y) for x, y in series))
         dash = "" if turn < COLOURS else " stroke-dasharray='4 3'"
-        if len(there) > 1:
+        if len(series) > 1:
             parts.append(f"<polyline class='c{turn % COLOURS}' points='{drawn}'{dash}/>")
-        for x, y in there if len(there) <= 64 else ():
+        for x, y in series if len(series) <= 64 else ():
             a, b = place(x, y)
             told = f"{escape(name)}: {short(y)} at {escape(panel.x)} {short(x)}"
             parts.append(f"<circle class='c{turn % COLOURS}' cx='{a}' cy='{b}' r='2.4'><title>{told}</title></circle>")
@@ -71,7 +72,7 @@ def grid_svg(panel: Grid) -> Markup:
         >>> grid_svg(Grid("likeness", "layer", "layer", [[1.0, None], [0.5, 1.0]])).count("<rect")
         3
     """
-    numbers = [v for row in panel.values for v in row if v is not None]
+    numbers = [v for row in panel.values for v in row if v is not None and math.isfinite(v)]
     if not numbers:
         return Markup("")
     low, high = min(numbers), max(numbers)
@@ -83,7 +84,7 @@ def grid_svg(panel: Grid) -> Markup:
         f"<title>{escape(panel.y)} {i}, {escape(panel.x)} {j}: {short(v)}</title></rect>"
         for i, row in enumerate(panel.values)
         for j, v in enumerate(row)
-        if v is not None
+        if v is not None and math.isfinite(v)
     ]
     width, height = LEFT + size * columns + 4, size * rows + BOTTOM
     step = max(1, math.ceil(max(rows, columns) / 8))
@@ -99,6 +100,10 @@ def grid_svg(panel: Grid) -> Markup:
         f"<svg class='grid' viewBox='0 0 {width} {height}' style='max-width:{width}px' role='img' aria-label='{label}'>"
         f"{''.join(cells)}{''.join(marks)}</svg>"
     )
+
+
+def _there(*values: float | None) -> bool:
+    return all(v is not None and math.isfinite(v) for v in values)
 
 
 def scores_panel(name: str, scores: UnitScores) -> Lines | Grid:

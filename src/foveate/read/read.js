@@ -152,7 +152,8 @@ function paint(canvas, at, count) {
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => repaint());
 
-function choose(cell, focus) {
+function choose(cell, focus, say = true) {
+  if (say) document.getElementById("said").textContent = cell.getAttribute("aria-label"); // for screen readers
   for (const other of cells) {
     other.tabIndex = other === cell ? 0 : -1;
     other.setAttribute("aria-selected", String(other === cell));
@@ -162,7 +163,6 @@ function choose(cell, focus) {
   const [layer, head] = name.split(".").map(Number);
   const roles = data.roles[name] || [];
   const does = make("ul", undefined, "does");
-  does.setAttribute("aria-live", "polite");
   for (const each of roles) {
     const item = make("li");
     const said = make("span");
@@ -184,7 +184,8 @@ function choose(cell, focus) {
     make("h3", `Head ${name}`),
     roles.length ? does : make("p", "No probe found a clear part for it.", "hint"),
     figures,
-    ...(data.tokens.length ? [attention(layer, head)] : []),
+    ...(!data.tokens.length ? [] : data.attention[layer][head] ? [attention(layer, head)]
+      : [make("p", "This layer has no attention.", "hint")]),
   );
 }
 
@@ -206,4 +207,4 @@ map.addEventListener("keydown", (event) => {
 
 // The first to be seen: a head with a rare role, so that there is something to see.
 const first = cells.find((cell) => (data.roles[cell.dataset.head] || []).some((each) => ["retrieval", "induction"].includes(each.role)));
-choose(first || cells.find((cell) => data.roles[cell.dataset.head]) || cells[0], false);
+choose(first || cells.find((cell) => data.roles[cell.dataset.head]) || cells[0], false, false);

@@ -162,7 +162,9 @@ def _panel(panel: Any) -> dict[str, Any] | None:
         return {"kind": "lines", "panel": panel, "svg": drawn, "legend": legend, "table": table} if drawn else None
     if isinstance(panel, Grid):
         drawn = grid_svg(panel)
-        return {"kind": "grid", "panel": panel, "svg": drawn} if drawn else None
+        columns = [f"{panel.y} / {panel.x}", *map(str, range(max(map(len, panel.values), default=0)))]
+        table = Rows(panel.title, columns, [[str(i), *map(short, row)] for i, row in enumerate(panel.values)])
+        return {"kind": "grid", "panel": panel, "svg": drawn, "table": table} if drawn else None
     if isinstance(panel, Rows):
         rows = [[_cell(cell) for cell in row] for row in panel.rows]
         return {"kind": "rows", "panel": panel, "table": Rows(panel.title, panel.columns, rows)}

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import PreTrainedModel
 
+from foveate.models.anatomy import anatomy
 from foveate.probes.base import Data, Probe, counted
 from foveate.probes.watch import Watcher
 
@@ -42,7 +43,7 @@ class Progress:
 
     def begin(self) -> None:
         """Say what it will cost, before it starts."""
-        if self._probes:
+        if self._probes and not self._console.quiet:
             total = sum(self._costs.values())
             pace = self._pace()
             self.say(
@@ -54,7 +55,8 @@ class Progress:
         """Tokens a second, of one forward after one to warm up."""
         import torch
 
-        ids = self._data.ordinary(self._model)[:1].repeat(1, min(TRIED, self._data.length)).to(self._model.device)
+        count = min(TRIED, self._data.length, anatomy(self._model).max_positions)
+        ids = self._data.ordinary(self._model)[:1].repeat(1, count).to(self._model.device)
         with torch.no_grad():
             for _ in range(2):
                 start = time.perf_counter()
@@ -101,7 +103,7 @@ def costs(probes: Mapping[str, Probe], model: PreTrainedModel, data: Data) -> di
     for name, probe in probes.items():
         if isinstance(probe, Watcher):
             new = {data.alias(stream) for stream in probe.streams} - seen
-            found[name] = float(len(new) * data.passages * data.length)
+            found[name] = float(len(new) * data.passages * min(data.length, anatomy(model).max_positions))
             seen |= new
         else:
             found[name] = probe.cost(model, data)

@@ -13,6 +13,7 @@ from foveate.errors import FoveateError
 from foveate.methods import UnitScores
 from foveate.models.anatomy import anatomy
 from foveate.models.stored import kin
+from foveate.models.surgery import KINDS, unit_counts
 from foveate.specs import nearest
 
 FORMAT = 1
@@ -40,11 +41,14 @@ def load_scores(path: str | Path, name: str, model: PreTrainedModel | None = Non
         ('head', 1)
     """
     given = read_file(path)
-    known: dict[str, Any] = {
-        f"{probe}.{score}": of
-        for probe, reading in given["readings"].items()
-        for score, of in reading["scores"].items()
-    }
+    try:
+        known: dict[str, Any] = {
+            f"{probe}.{score}": of
+            for probe, reading in given["readings"].items()
+            for score, of in reading["scores"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(path) from error
     alone = [full for full in known if full.partition(".")[0] == name]
     full = alone[0] if len(alone) == 1 else name
     if full not in known:
@@ -62,7 +66,22 @@ def load_scores(path: str | Path, name: str, model: PreTrainedModel | None = Non
                 "it is now."
             )
     rows = [[float("nan") if x is None else x for x in row] for row in known[full]["scores"]]
-    return UnitScores(known[full]["kind"], torch.tensor(rows))
+    scores = UnitScores(known[full]["kind"], torch.tensor(rows))
+    if model is not None and scores.kind in KINDS:
+        there = unit_counts(model, scores.kind)
+        if scores.kind != "hidden":  # what has left as a whole has no score any more
+            scores.scores[torch.tensor(there) == 0] = torch.nan
+        if any(0 < n != count for n, count in zip((~scores.scores.isnan()).sum(1).tolist(), there, strict=True)):
+            raise FoveateError(
+                f"{path} scores units of kind {scores.kind} of the model before some of them were cut: read it as it "
+                "is now."
+            )
+    return scores
+
+
+def damaged(path: str | Path) -> FoveateError:
+    """The error for a file that holds no reading."""
+    return FoveateError(f"{path} holds no reading, or a damaged one: run `foveate read` again.")
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -79,7 +98,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FoveateError(f"there is no reading at {path}: `foveate read MODEL --out DIR` writes one.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FoveateError(f"{file} holds no reading, or a damaged one: run `foveate read` again.") from error
+        raise damaged(file) from error
     if version != FORMAT:
         raise FoveateError(
             f"{file} has format {version}, and this foveate reads format {FORMAT}: read the model again."

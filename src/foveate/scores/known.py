@@ -59,7 +59,7 @@ def retrieved(target: Target, progress: Callable[[float], None] | None = None) -
         with Shown("retrieval scores of the heads") as shown:
             return {"hits": retrieval_hits(target.model, cases, shown), "answers": answers}
 
-    kept = stored(target.model, "retrieval", f"heads {_version(ids, length)}", measure)
+    kept = stored(target.model, "retrieval", f"heads 2 {_version(ids, length)}", measure)
     return Retrieved(kept["hits"], kept["answers"], length)
 
 

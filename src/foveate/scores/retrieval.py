@@ -53,6 +53,8 @@ def retrieval_hits(
         def look(call: Call) -> Tensor:
             weights = weights_of(call)
             best = weights[0, :, :, -count:].flatten(0, 1).argmax(-1)  # noqa: B023 (called within this turn)
+            # A layer with a window of its own holds the last entries only.
+            best = best + text.shape[1] + follow.shape[1] - call.key.shape[2]  # noqa: B023
             inside = (best >= case.start) & (best < case.end)  # noqa: B023
             same = text[0, best.clamp(max=text.shape[1] - 1)] == answer[0]  # noqa: B023
             hits[at, call.layer] = (inside & same).sum(-1).float().cpu()  # noqa: B023

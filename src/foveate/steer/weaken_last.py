@@ -69,6 +69,8 @@ class WeakenLast(Steer):
             )
         if self.part not in ("layer", "attention", "mlp"):
             raise FoveateError(f"{self.name}: part={self.part} is not one of layer, attention, mlp.")
+        if self.heads and self.part == "mlp":
+            raise FoveateError(f"{self.name}: heads={self.heads} are parts of the attention, not of the MLP: drop one.")
         if self.heads and not all(number.isdecimal() for number in self.heads.split("/")):
             raise FoveateError(
                 f"{self.name}: heads={self.heads} can't be read: give numbers with / between, such as 1/4."

@@ -51,7 +51,8 @@ class Measured(HeadsBudget):
 
 def _of_kv_heads(scores: UnitScores, kv_heads: int, name: str) -> Tensor:
     if scores.kind == "head" and scores.scores.shape[1] % kv_heads == 0:
-        return scores.scores.unflatten(1, (kv_heads, -1)).nan_to_num(-float("inf")).amax(-1)
+        groups = scores.scores.unflatten(1, (kv_heads, -1))
+        return groups.nan_to_num(-float("inf")).amax(-1).masked_fill(groups.isnan().all(-1), float("nan"))
     if scores.kind == "kv_head" and scores.scores.shape[1] == kv_heads:
         return scores.scores
     raise FoveateError(
