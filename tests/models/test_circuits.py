@@ -9,7 +9,7 @@ from torch import nn
 import foveate as fv
 from foveate.errors import FoveateError
 from foveate.models.anatomy import anatomy
-from foveate.models.circuits import head_maps
+from foveate.models.circuits import head_maps, require_plain_queries, require_plain_widths
 from foveate.models.patching import Site, recorded
 from foveate.models.tiny import TINY_FAMILIES
 
@@ -93,3 +93,17 @@ def test_a_map_without_a_weight_is_a_sentence():
     model.transformer.h[1].attn.c_attn = nn.Identity()
     with pytest.raises(FoveateError, match="not converted"):
         head_maps(anatomy(model), 1)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmo2"])
+def test_norms_of_queries_and_keys_are_told(family):
+    with pytest.raises(FoveateError, match="pass a norm"):
+        require_plain_queries("channels", anatomy(fv.tiny(family)))
+    require_plain_queries("channels", anatomy(fv.tiny("llama")))
+
+
+def test_other_widths_at_the_ends_are_told():
+    narrow = fv.tiny("opt", word_embed_proj_dim=32, do_layer_norm_before=False)
+    with pytest.raises(FoveateError, match="32"):
+        require_plain_widths("copying", anatomy(narrow))
+    require_plain_widths("copying", anatomy(fv.tiny("opt")))

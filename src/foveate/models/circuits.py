@@ -136,3 +136,12 @@ def require_plain_widths(who: str, parts: Anatomy) -> None:
             f"{who}: this model's embedding and head have {widths[0]} and {widths[1]} channels, and its layers have "
             f"{parts.hidden}: what lies between can't be read through the head. Leave this probe out."
         )
+
+
+def require_plain_queries(who: str, parts: Anatomy) -> None:
+    """Raise FoveateError where queries and keys pass a norm of their own (Qwen3, Gemma 3, OLMo 2)."""
+    if any(hasattr(layer.attention, "k_norm") for layer in parts.layers):
+        raise FoveateError(
+            f"{who}: queries and keys of this {parts.family} model pass a norm, which is not read here, so that scores "
+            "would be of other keys than the model uses: take a model without, such as a Llama or Qwen2."
+        )

@@ -20,7 +20,7 @@ from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric, mean
 from foveate.methods import Paper, UnitScores
 from foveate.models.anatomy import anatomy
-from foveate.models.circuits import folded_maps, head_maps, norms_around
+from foveate.models.circuits import folded_maps, head_maps, norms_around, require_plain_queries
 from foveate.models.patching import Patch, Site, patched
 from foveate.probes.base import Data, Probe, Reading, Role, Rows, counted, probe
 from foveate.probes.copying import LEAST as COPIES
@@ -170,6 +170,7 @@ class Channels(Probe):
 
     def check(self, model: PreTrainedModel, data: Data) -> None:
         parts = anatomy(model)
+        require_plain_queries("channels", parts)
         for layer in parts.layers:
             head_maps(parts, layer.index)
 

@@ -21,6 +21,7 @@ from foveate.measure.bootstrap import Metric, mean
 from foveate.methods import Paper, UnitScores, function
 from foveate.models.anatomy import anatomy
 from foveate.models.attention import Call, replaced_attention, weights_of
+from foveate.models.circuits import require_plain_queries
 from foveate.models.load import tokenizer_for
 from foveate.models.patching import Site, recorded
 from foveate.probes.base import Data, Probe, Reading, Role, Rows, counted, named, probe
@@ -129,6 +130,7 @@ class SelectAndCopy(Probe):
                 f"{self}: give 2 questions or more, of 2 to {len(LETTERS)} options: each option has a letter, and the "
                 "head that one half of the questions chooses is judged by the other half."
             )
+        require_plain_queries(self.name, anatomy(model))
         first = questions(1, data.seed, WORDS, self.options)[0]
         laid_out(model, data.tokenizer, first.text, first.options)
 
@@ -334,6 +336,7 @@ def hear(
     shape = len(asked), len(parts.layers), parts.heads, len(asked[0].options)
     heard = Heard(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape[0], shape[-1]))
     layers, group = range(len(parts.layers)), parts.heads // parts.kv_heads
+    require_plain_queries("select-and-copy", parts)
     queries = [[Site("query", layer, head) for head in range(parts.heads)] for layer in layers]
     keys = [[Site("key", layer, head // group) for head in range(parts.heads)] for layer in layers]
     training = model.training
