@@ -115,7 +115,7 @@ def test_the_claim_runs(monkeypatch):
         monkeypatch.setattr(module, name, size)
     model = fv.tiny("llama")
     finding = module.CircuitsAreReused().run(Bench(model, fv.tiny_tokenizer(), load_text("prose")))
-    assert isinstance(finding, Finding) and len(finding.checks) == 3
+    assert isinstance(finding, Finding) and len(finding.checks) == 4
 
 
 def test_what_is_impossible_gets_a_sentence():

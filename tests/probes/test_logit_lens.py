@@ -70,7 +70,7 @@ def test_bad_input_gets_a_sentence():
         LogitLens(every=0)
     model = fv.tiny("llama")
     model.lm_head = torch.nn.Linear(32, 260)
-    with pytest.raises(FoveateError, match="head reads 32 channels"):
+    with pytest.raises(FoveateError, match="64 and 32 channels"):
         LogitLens().check(model, Data.of(model, TOKENIZER, length=64))
 
 

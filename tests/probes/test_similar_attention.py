@@ -91,5 +91,7 @@ def test_the_claim_runs():
     from foveate.data.text import load_text
     from foveate.tasks.base import Bench
 
-    bench = Bench(fv.tiny("llama", num_hidden_layers=5), TOKENIZER, load_text())
+    bench = Bench(fv.tiny("llama", num_hidden_layers=6), TOKENIZER, load_text())
+    with pytest.raises(FoveateError, match="deeper model"):
+        CLAIMS["similar-attention"]().run(Bench(fv.tiny("llama"), TOKENIZER, load_text()))
     assert len(CLAIMS["similar-attention"]().run(bench).checks) == 4
