@@ -74,7 +74,7 @@ def folded_maps(parts: Anatomy, index: int) -> HeadMaps:
     Example:
         >>> import foveate as fv
         >>> folded_maps(fv.anatomy(fv.tiny("gemma2")), 0).q.shape
-        torch.Size([4, 16, 64])
+        torch.Size([4, 8, 64])
     """
     maps, (before, after) = head_maps(parts, index), norms_around(parts.layers[index])
     q, k, v = (folded(each, before) for each in (maps.q, maps.k, maps.v))
