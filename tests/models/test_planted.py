@@ -135,7 +135,7 @@ def test_an_empty_model_prefers_no_token():
 
 
 def test_sentences():
-    with pytest.raises(FoveateError, match="at most 4 heads"):
+    with pytest.raises(FoveateError, match="give 1, 2 or 4"):
         Planted(heads=5)
     full = Planted(layers=1)
     with pytest.raises(FoveateError, match=f"has {INNER} neurons"):

@@ -7,6 +7,7 @@ models know some of it, and no subject at the very start of its prompt, where ma
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import tokens
 from foveate.errors import FoveateError
-from foveate.models.anatomy import anatomy
 
 CAPITALS = {
     "France": "Paris",
@@ -203,7 +203,7 @@ def known_facts(
         []
     """
     prompts = []
-    longest = anatomy(model).max_positions
+    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for fact in facts:
         try:
             prompt = prompt_of(fact, tokenizer)
