@@ -193,7 +193,7 @@ def read(
     passage: Annotated[
         Path | None, typer.Option(help="A text file: the page shows each head's attention over its start.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a passage of text.")] = 512,
+    length: Annotated[int | None, typer.Option(help="Tokens of a passage of text; else 512 at most.")] = None,
     passages: Annotated[int, typer.Option(help="Passages of each kind of text.")] = 4,
     seed: Annotated[int, typer.Option(help="Decides what is drawn at random.")] = 0,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`.")] = "auto",

@@ -228,7 +228,14 @@ def test_a_model_in_training_mode_is_read_in_eval_and_left_as_it_was():
 
 def test_a_model_of_few_positions_is_read():
     model = fv.tiny("gpt2", max_position_embeddings=32)
-    assert read(model, ["induction"], **{**GIVEN, "show": True})["induction"].setting["length"] == 32
+    given = {**GIVEN, "length": None, "show": True}
+    assert read(model, ["induction"], **given)["induction"].setting["length"] == 32
+
+
+def test_a_passage_longer_than_the_context_is_told(tmp_path):
+    with pytest.raises(FoveateError, match="64 tokens were asked for, and this model has 32 positions"):
+        read(fv.tiny("gpt2", max_position_embeddings=32), ["induction"], out=tmp_path / "out", **GIVEN)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_reading_without_its_parts_is_damaged(model, tmp_path):

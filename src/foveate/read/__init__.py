@@ -34,6 +34,9 @@ from foveate.specs import nearest
 
 __all__ = ["Readings", "read"]
 
+LENGTH = 512
+"""Tokens of a passage of text, where nothing else is asked for and the model has as many positions."""
+
 
 @dataclass(frozen=True)
 class Readings:
@@ -175,7 +178,7 @@ def read(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str = "prose",
     passage: str | None = None,
-    length: int = 512,
+    length: int | None = None,
     passages: int = 4,
     seed: int = 0,
     dtype: str = "auto",
@@ -194,7 +197,8 @@ def read(
         text: the reader's text: `prose`, `code`, a file, or `hub:NAME`; its calibration part is read.
         passage: a text over which the page shows each head's attention, up to its first 96 tokens or so; by default a
             short one that is always there.
-        length, passages: tokens of a passage, and how many of each kind of text.
+        length, passages: tokens of a passage (512, or as many as the model has positions), and how many of each kind of
+            text.
         seed: decides what is drawn at random.
         dtype, device: as for `foveate.load`.
         show: tell on the standard error what it costs and how far it is.
@@ -219,6 +223,13 @@ def read(
         else load(model, dtype=dtype, device=device)
     )
     parts = anatomy(live)
+    longest = parts.max_positions
+    if length is not None and length > longest:
+        raise FoveateError(
+            f"passages of {length} tokens were asked for, and this model has {longest} positions: give a length of at "
+            f"most {longest}."
+        )
+    length = min(LENGTH, longest) if length is None else length
     data = Data(words_tokenizer, words, length=length, passages=passages, seed=seed)
     skipped: dict[str, str] = {}
     for each, probe in list(chosen.items()):
