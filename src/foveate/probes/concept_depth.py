@@ -305,7 +305,8 @@ def _from_file(name: str) -> Labelled:
     try:
         lines = [line for line in Path(name).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise FoveateError(f"concept-depth: the file {name} can't be read ({error}): give a text file.") from error
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise FoveateError(f"concept-depth: the file {name} can't be read ({why}): give a text file.") from error
     pairs = [line.split("\t", 1) for line in lines]
     if any(len(pair) < 2 or not pair[1].strip() for pair in pairs):
         raise FoveateError(f"concept-depth: a line of {name} has no tab: write a label, a tab and a text in each.")
