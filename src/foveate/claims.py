@@ -34,13 +34,15 @@ class Claim(ABC):
     """The smallest honest experiment that could refute what a method is said to do.
 
     Class attributes: `method` (its short name), `statement` (the paper's, in our words), `setting` (what is run),
-    `needs` ("cpu", or "cuda" where it can't be tried without a GPU).
+    `needs` ("cpu", or "cuda" where it can't be tried without a GPU), `reads` (False where the experiment trains models
+    of its own and looks at no other).
     """
 
     method: ClassVar[str]
     statement: ClassVar[str]
     setting: ClassVar[str]
     needs: ClassVar[str] = "cpu"
+    reads: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, bench: Bench) -> Finding:

@@ -34,7 +34,7 @@ from foveate.specs import Registry, Spec, split_outside, value_text
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
 
-ROOMS = ("cache", "convert", "depth", "heal", "probes", "prune", "steer")
+ROOMS = ("blocks", "cache", "convert", "depth", "heal", "mixers", "probes", "prune", "steer")
 """The packages under `foveate` that hold techniques, a room for each role."""
 
 CALIBRATION_TOKENS = 2048

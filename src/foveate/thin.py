@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
-from foveate.heal import HEALS, Heal, HealReport, processes
+from foveate.heal import HEALS, Heal, HealReport
+from foveate.train import processes
 from foveate.heal import heal as recover
 from foveate.measure.bootstrap import Metric, median, perplexity, perplexity_ratio
 from foveate.measure.clock import alternated, timed

@@ -24,7 +24,8 @@ import sys, torch
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 from test_processes import RUNS, models
-from foveate.heal import heal, processes
+from foveate.heal import heal
+from foveate.train import processes
 torch.set_num_threads(1)
 for name, (kind, spec) in RUNS.items():
     teacher, student = models(kind)

@@ -117,14 +117,14 @@ def test_a_broken_checkpoint_is_a_sentence(tmp_path):
         heal(student, teacher, spec, work=tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "text"])
+@pytest.mark.parametrize("module", ["train.checkpoint", "heal.text"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_gets_a_sentence_and_leaves_nothing_half_written(module, error, tmp_path, monkeypatch):
     def full(tensors, path, **more):
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(sys.modules[f"foveate.heal.{module}"], "save_file", full)
+    monkeypatch.setattr(sys.modules[f"foveate.{module}"], "save_file", full)
     teacher, student = models()
     with pytest.raises(FoveateError, match="can't be written .*No space left on device.*: make room there"):
         heal(student, teacher, SPEC, work=tmp_path / "work", every=0, progress=False)

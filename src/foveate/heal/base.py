@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.errors import FoveateError
-from foveate.heal import processes
-from foveate.heal.show import Show
+from foveate.train import processes
+from foveate.train.show import Show
 from foveate.methods import PARTS, Part
 from foveate.models.anatomy import anatomy
 from foveate.models.load import tokenizer_for

@@ -17,9 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
-from foveate.heal import processes
+from foveate.train import processes
 from foveate.heal.base import Job, reader
-from foveate.heal.checkpoint import unwritten
+from foveate.train.checkpoint import unwritten
 from foveate.models.anatomy import anatomy
 from foveate.models.caches import with_cache
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError
-from foveate.heal import checkpoint, processes
 from foveate.heal.base import Heal, HealReport, Job, number, reader
-from foveate.heal.checkpoint import State
-from foveate.heal.show import duration
 from foveate.heal.text import digest, sequences
 from foveate.models.anatomy import anatomy
 from foveate.specs import nearest
+from foveate.train import checkpoint, processes
+from foveate.train.checkpoint import State
+from foveate.train.schedule import SCHEDULES, rate
+from foveate.train.show import duration
 
-SCHEDULES = {"cosine": "down along a cosine to 0", "wsd": "level, then in a line to 0 over the last fifth"}
 LOOK_EVERY = 1.0
 """Seconds between looks at the loss, each of which waits for the device."""
 
@@ -242,23 +242,6 @@ def _interrupts(job: Job) -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def rate(done: float, warmup: float, schedule: str) -> float:
-    """The learning rate as a fraction of the highest, at a fraction of the run.
-
-    Example:
-        >>> from foveate.heal.train import rate
-        >>> [rate(done, 0.1, "wsd") for done in (0.05, 0.5, 0.9)]
-        [0.5, 1.0, 0.5]
-        >>> round(rate(0.55, 0.1, "cosine"), 3)
-        0.5
-    """
-    if done < warmup:
-        return max(done, 0.01 * warmup) / warmup  # not 0, at the very first step
-    if schedule == "wsd":
-        return round(min(1.0, (1 - done) / 0.2), 12)
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 def digest_of(rows: Tensor) -> str:

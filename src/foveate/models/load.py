@@ -61,7 +61,7 @@ def load(
         >>> tokenizer.decode(tokenizer("Once upon a time").input_ids)
         'Once upon a time'
     """
-    where = _device(device)
+    where = device_of(device)
     number_type = _dtype(dtype, where)
     source = locate(str(name))
     if source.keep:
@@ -237,7 +237,13 @@ def _mend_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     tokenizer.clean_up_tokenization_spaces = False  # its pieces carry their own spaces
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """The device of that name: `cpu`, `cuda`, `cuda:1`, ..., or `auto` for a GPU where there is one.
+
+    Example:
+        >>> device_of("cpu")
+        device(type='cpu')
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

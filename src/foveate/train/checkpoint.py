@@ -1,20 +1,21 @@
-"""Where a stopped healing goes on: safetensors for numbers, JSON for the rest, whole or not there at all."""
+"""Where a stopped run goes on: safetensors for numbers, JSON for the rest, whole or not there at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.heal import processes
+from foveate.train import processes
 from foveate.models.source import reason
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,13 +38,13 @@ class State:
     losses: list[float] = field(default_factory=list)
 
 
-def save(folder: Path, state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def save(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Write a checkpoint, and then delete the one before. Every process calls it; the first one writes.
 
     Args:
         folder: the run's own; the checkpoint is a folder in it.
         state: goes into JSON.
-        trained: what is trained, by name.
+        trained: what is trained, and buffers that change with it, by name.
         optimizer: Adam's, whose moments are kept.
     """
     weights = {name: _plain(p.detach()) for name, p in trained.items()}
@@ -79,7 +80,7 @@ def unwritten(folder: Path, error: Exception) -> FoveateError:
     return FoveateError(f"{folder} can't be written ({reason(error)}): make room there, or give another folder.")
 
 
-def restore(folder: Path, state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+def restore(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State:
     """Set weights and moments to what the latest checkpoint in a folder says; the given state where there is none.
 
     Raises:
@@ -106,12 +107,13 @@ def restore(folder: Path, state: State, trained: dict[str, nn.Parameter], optimi
         if isinstance(error, FoveateError):
             raise
         raise FoveateError(
-            f"the checkpoint {place} can't be read ({error}): delete it, and healing begins anew."
+            f"the checkpoint {place} can't be read ({error}): delete it, and the run begins anew."
         ) from error
+    numbers = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     known = {
-        index: {kind: processes.like(moments[f"{kind}.{name}"], p) for kind in MOMENTS}
+        numbers[p]: {kind: processes.like(moments[f"{kind}.{name}"], p) for kind in MOMENTS}
         | {"step": torch.tensor(float(found.step))}
-        for index, (name, p) in enumerate(trained.items())
+        for name, p in trained.items()
         if f"{MOMENTS[0]}.{name}" in moments
     }
     optimizer.load_state_dict({"state": known, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""What healing shows while it works: a bar in a terminal, otherwise a line now and then; on the standard error."""
+"""What training shows while it works: a bar in a terminal, otherwise a line now and then; on the standard error."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ LINE_EVERY = 10.0
 
 
 class Show:
-    """The progress of one healing.
+    """The progress of one training.
 
     Args:
         progress: True: show; False: say nothing; a function: called with the fraction done, 0 to 1, and nothing shown.
+        verb: what lines begin with.
     """
 
-    def __init__(self, progress: bool | Callable[[float], None]):
+    def __init__(self, progress: bool | Callable[[float], None], verb: str = "heal"):
+        self._verb = verb
         self._call = progress if callable(progress) else None
         self._console = Console(stderr=True, quiet=progress is not True, highlight=False)
         self._bar = Progress(
@@ -43,7 +45,7 @@ class Show:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(f"heal: {line}", markup=False, soft_wrap=True)
+        self._console.print(f"{self._verb}: {line}", markup=False, soft_wrap=True)
 
     def at(self, what: str, done: float, note: str) -> None:
         """How far it is: what is being done, the fraction of it, and figures."""
@@ -59,7 +61,7 @@ def duration(seconds: float) -> str:
     """A time for people.
 
     Example:
-        >>> from foveate.heal.show import duration
+        >>> from foveate.train.show import duration
         >>> duration(42), duration(600), duration(9000)
         ('42 s', '10 min', '2.5 h')
     """

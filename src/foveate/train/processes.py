@@ -1,4 +1,4 @@
-"""Several processes that heal one model, as `torchrun` starts them; one process is the plain case of all of it."""
+"""Several processes that train one model, as `torchrun` starts them; one process is the plain case of all of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def rank() -> int:
     """This process's number, by the environment that `torchrun` sets; 0 without it.
 
     Example:
-        >>> from foveate.heal.processes import rank, world
+        >>> from foveate.train.processes import rank, world
         >>> rank(), world()
         (0, 1)
     """

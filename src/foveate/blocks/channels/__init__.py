@@ -1,0 +1,3 @@
+"""Channel mixers, one file each."""
+
+from foveate.blocks.channels import gated, none

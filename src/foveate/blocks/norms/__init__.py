@@ -1,0 +1,3 @@
+"""Norm placements, one file each."""
+
+from foveate.blocks.norms import post, pre

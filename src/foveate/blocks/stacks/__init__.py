@@ -1,0 +1,3 @@
+"""Ways to stack layers, one file each."""
+
+from foveate.blocks.stacks import plain
