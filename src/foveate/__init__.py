@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from foveate.version import __version__
 
 if TYPE_CHECKING:
+    from foveate.backbone import BackboneConfig, Mixer, TokenMixer, mixer
     from foveate.cache import CachePolicy, CacheView, DecodeLoop
     from foveate.cache.blend import ChunkCache, blend
     from foveate.catalog import catalog
     from foveate.claims import Claim, Finding, claim
     from foveate.compare import Comparison, compare
+    from foveate.compare.mixers import MixerComparison, compare_mixers
     from foveate.data.text import Text, load_text
     from foveate.depth import DepthPlan
     from foveate.errors import FoveateError
@@ -36,14 +38,17 @@ if TYPE_CHECKING:
     from foveate.steer.unordered import unordered
     from foveate.tasks import Bench, Outcome, Task, task
     from foveate.thin import thin
+    from foveate.train import Settings, Sizes, Trained, train
     from foveate.verify import verify
 
 _HOMES = {
+    "foveate.backbone": ("BackboneConfig", "Mixer", "TokenMixer", "mixer"),
     "foveate.cache": ("CachePolicy", "CacheView", "DecodeLoop"),
     "foveate.cache.blend": ("ChunkCache", "blend"),
     "foveate.catalog": ("catalog",),
     "foveate.claims": ("Claim", "Finding", "claim"),
     "foveate.compare": ("Comparison", "compare"),
+    "foveate.compare.mixers": ("MixerComparison", "compare_mixers"),
     "foveate.data.text": ("Text", "load_text"),
     "foveate.depth": ("DepthPlan",),
     "foveate.errors": ("FoveateError",),
@@ -64,6 +69,7 @@ _HOMES = {
     "foveate.steer.unordered": ("unordered",),
     "foveate.thin": ("thin",),
     "foveate.tasks": ("Bench", "Outcome", "Task", "task"),
+    "foveate.train": ("Settings", "Sizes", "Trained", "train"),
     "foveate.verify": ("verify",),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,13 +50,24 @@ def _foveate(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="smollm2-135m, a folder, a GGUF file, or a Hub id; none with `--mixers`.")
+    ] = None,
     recipes: Annotated[
         list[str] | None,
         typer.Option(help="`full,h2o:keep=0.2,drop-attention:keep=0.8+h2o:keep=0.2`; else the profile's."),
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="`perplexity:tokens=4096,passkey`; else the profile's.")
+    ] = None,
+    mixers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Train small models with these token mixers instead: `softmax,based:window=16`, or `recall`."
+        ),
+    ] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(help="With `--mixers`: `width=64,layers=2,steps=600,lr=1e-3/3e-3,seeds=0/1/2`.")
     ] = None,
     profile: Annotated[str, typer.Option(help="Recipes and tasks in a word: `quick`, `standard`.")] = "quick",
     text: Annotated[str, typer.Option(help="What tasks read: `prose`, `code`, a file, `hub:NAME`.")] = "prose",
@@ -69,30 +80,39 @@ def compare(
     workers: Annotated[int, typer.Option(help="Child processes to spread cells over; 0: run here.")] = 0,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster: `local`, `auto`, `host:port`.")] = None,
 ) -> None:
-    """Measure recipes on tasks: a table, advice, and a page."""
+    """Measure recipes on tasks, or token mixers: a table, advice, and a page."""
     from rich.console import Console
 
     from foveate.compare import Interrupted, default_out
     from foveate.compare import compare as run
+    from foveate.compare.mixers import asked_for, compare_mixers
     from foveate.specs import split_specs
 
     chosen = [spec for each in recipes for spec in split_specs(each)] if recipes is not None else None
     asked = [spec for each in tasks for spec in split_specs(each)] if tasks is not None else None
-    out = out or default_out(model, profile, chosen, asked)
+    comparison: Any
     try:
-        comparison = run(
-            model,
-            chosen,
-            asked,
-            profile=profile,
-            out=out,
-            text=text,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            workers=workers,
-            ray=ray,
-        )
+        if mixers is not None:
+            arguments = asked_for(model, recipes, mixers, asked, train, out)
+            out = arguments["out"]
+            comparison = compare_mixers(**arguments, device=device, workers=workers, ray=ray)
+        elif model is None or train is not None:
+            raise FoveateError("compare needs a model, such as smollm2-135m, or --mixers (which --train is for).")
+        else:
+            out = out or default_out(model, profile, chosen, asked)
+            comparison = run(
+                model,
+                chosen,
+                asked,
+                profile=profile,
+                out=out,
+                text=text,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                workers=workers,
+                ray=ray,
+            )
     except Interrupted as stopped:
         print(f"foveate: {stopped}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -227,6 +247,67 @@ def read(
         raise typer.Exit(130) from None
     Console().print(found.table())
     print(f"{found.summary()}\n\n{out / 'anatomy.html'}\n{out / 'reading.json'}")
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Argument(help="`mqar:pairs=8,length=64`, `lm:text=code`, ...")] = "mqar",
+    mixer: Annotated[str, typer.Option(help="`softmax`, `based:window=16`; `a+b`: in turns.")] = "softmax",
+    out: Annotated[Path | None, typer.Option(help="The folder, where a stopped run goes on; else `runs/...`.")] = None,
+    width: Annotated[int, typer.Option(help="Channels of the residual stream.")] = 64,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 2,
+    heads: Annotated[int, typer.Option(help="Heads of the token mixer.")] = 4,
+    norm: Annotated[str, typer.Option(help="Norm placement: `pre`, `post`, ...")] = "pre",
+    channel: Annotated[str, typer.Option(help="Channel mixer: `gated`, `mlp`, ...")] = "gated",
+    stack: Annotated[str, typer.Option(help="How layers are stacked.")] = "plain",
+    conv: Annotated[int, typer.Option(help="Tokens of a convolution before each token mixer; 0: none.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Examples of a step, over all processes.")] = 64,
+    lr: Annotated[float, typer.Option(help="The highest learning rate of AdamW.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="The fraction of the run in which it rises.")] = 0.1,
+    schedule: Annotated[str, typer.Option(help="What it does then: `cosine`, `wsd`.")] = "cosine",
+    decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="The gradient's norm at most.")] = 1.0,
+    until: Annotated[float | None, typer.Option(help="Stop when the first metric reaches that.")] = None,
+    pieces: Annotated[int, typer.Option(help="Parts of a batch that go through one after the other.")] = 1,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`.")] = "auto",
+    parallel: Annotated[str, typer.Option(help="Under torchrun: `ddp` or `fsdp`.")] = "ddp",
+    tracker: Annotated[str | None, typer.Option(help="`tensorboard`, `wandb`, ... as well.")] = None,
+) -> None:
+    """Train a small model with any token mixer on a task: figures, and a model in a folder."""
+    from rich.console import Console
+
+    from foveate.train import Settings, Sizes
+    from foveate.train import train as run
+    from foveate.train.run import default_out
+
+    sizes = Sizes(
+        mixer=mixer, width=width, layers=layers, heads=heads, norm=norm, channel=channel, stack=stack, conv=conv
+    )
+    settings = Settings(
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        warmup=warmup,
+        schedule=schedule,
+        decay=decay,
+        clip=clip,
+        until=until,
+        seed=seed,
+        pieces=pieces,
+        compile=compile,
+    )
+    out = out or default_out(task, sizes, settings)
+    try:
+        got = run(task, sizes=sizes, settings=settings, out=out, device=device, parallel=parallel, tracker=tracker)
+    except KeyboardInterrupt:
+        print("foveate: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if got is not None:  # of several processes, one tells
+        Console().print(got.table())
+        print(out)
 
 
 @app.command()

@@ -243,7 +243,7 @@ def test_the_estimate_learns_each_tasks_speed():
     now = [0.0]
     reading = [Cell("tiny", recipe, "perplexity:tokens=1000", {}) for recipe in "abc"]
     cells = [*reading, Cell("tiny", "a", "perplexity:tokens=3000", {})]
-    estimate = Estimate(cells, lanes=1, clock=lambda: now[0])
+    estimate = Estimate(cells, cost=lambda cell: float(cell.task.partition("=")[2]), lanes=1, clock=lambda: now[0])
     assert estimate.seconds_left() is None and estimate.done == 0
     estimate.started(reading[0])
     now[0] = 5.0

@@ -57,7 +57,7 @@ class BackboneConfig(PreTrainedConfig):
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.mixer, self.norm, self.channel, self.stack, self.conv = mixer, norm, channel, stack, conv
         self.input_size, self.output_size, self.eps = input_size, output_size, eps
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
         self._check()
 
     def _check(self) -> None:

@@ -104,9 +104,7 @@ def visible(n: int, held: int, window: int | None = None, device: torch.device |
     return seen if window is None else seen & (j > i - window)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None) -> Tensor:
     """Causal softmax attention; q are the last n of the tokens that k and v are of.
 
     Args:
@@ -148,9 +146,9 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None
     first = seen & (j >= window)  # there is nothing before the first block
     mask = torch.cat([first[None], seen[None].expand(blocks - 1, -1, -1)]).unsqueeze(1)  # block, 1, window, 2 window
     # Blocks go into the batch, so that attention is called once.
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    mask = mask.repeat(len(flat[0]) // blocks, 1, 1, 1)
-    out = functional.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    mask = mask.repeat(len(q) // blocks, 1, 1, 1)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :n]
 
 

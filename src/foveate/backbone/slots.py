@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, TypeVar, dataclass_transform
 
-import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
@@ -219,5 +218,5 @@ def check_text(x: Tensor, state: State | None) -> None:
         raise FoveateError("the text has length 0: give at least one token.")
     if state and (held := next(iter(state.values())).shape[0]) != x.shape[0]:
         raise FoveateError(
-            f"the state holds {held} texts, but {x.shape[0]} came: begin with no state, or give as many texts as before."
+            f"the state holds {held} texts, but {x.shape[0]} came: begin with no state, or give as many as before."
         )

@@ -171,10 +171,11 @@ def compare(
             say(f"{place} holds {unused} cells of other versions, weights or text: they are not used.")
         if finished := len(folder.cells) - len(folder.missing()):
             say(f"{finished} of {len(folder.cells)} cells are finished already.")
-        where: Seat | Source = seat
+        here: Seat | None = seat
         if workers or ray:
             del seat  # its memory is the workers' now
-            where = dataclasses.replace(
+            here = None
+            source = dataclasses.replace(
                 source,
                 dtype=setting["dtype"],
                 device=setting["device"] if device == "auto" else device,
@@ -182,7 +183,7 @@ def compare(
                 versions=grid.versions(),
             )
         try:
-            run(folder, where, workers=workers, ray=ray, show=show)
+            run(folder, source, seat=here, workers=workers, ray=ray, show=show)
         finally:
             comparison = Comparison(folder.records(), None if out is None else place)
             if out is not None and comparison.cells:

@@ -14,30 +14,36 @@ from rich.table import Column
 from foveate.compare.frontier import QUALITIES
 from foveate.compare.grid import Cell
 from foveate.compare.seat import Result
-from foveate.tasks import TASKS
 
 ENOUGH = 0.1
 """The fraction of a cell from which on its time so far says something about the rest."""
 
 
 class Estimate:
-    """How long the cells that are left will take, from `Task.cost()` and how long the same task's cells took.
+    """How long the cells that are left will take, from their costs and how long the same task's cells took.
 
     Args:
         cells: those to be run.
+        cost: of a cell, in any unit.
         lanes: how many run at a time.
         clock: gives the time in seconds.
 
     Example:
         >>> a, b = (Cell("tiny", recipe, "perplexity", {}) for recipe in ("full", "window"))
-        >>> estimate = Estimate([a, b], lanes=1, clock=lambda: 0.0)
+        >>> estimate = Estimate([a, b], cost=lambda cell: 1.0, lanes=1, clock=lambda: 0.0)
         >>> estimate.finished(a, seconds=20.0)
         >>> estimate.seconds_left(), estimate.done
         (20.0, 0.5)
     """
 
-    def __init__(self, cells: Sequence[Cell], lanes: int, clock: Callable[[], float] = time.monotonic):
-        self._costs = {cell: TASKS.parse(cell.task).cost() for cell in cells}
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        cost: Callable[[Cell], float],
+        lanes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._costs = {cell: cost(cell) for cell in cells}
         self._total = sum(self._costs.values())
         self._lanes, self._clock = lanes, clock
         self._running: dict[Cell, tuple[float, float]] = {}  # when it started, the fraction done
@@ -89,13 +95,14 @@ class Board:
     Args:
         cells: the whole grid's number of cells.
         missing: those to be run now.
+        cost: of a cell, in any unit.
         lanes: how many run at a time.
         show: False: say nothing.
     """
 
-    def __init__(self, cells: int, missing: Sequence[Cell], lanes: int, show: bool):
+    def __init__(self, cells: int, missing: Sequence[Cell], cost: Callable[[Cell], float], lanes: int, show: bool):
         self._cells, self._done, self._show = cells, cells - len(missing), show
-        self._estimate = Estimate(missing, lanes)
+        self._estimate = Estimate(missing, cost, lanes)
         self._console = Console(stderr=True, quiet=not show, highlight=False)
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),

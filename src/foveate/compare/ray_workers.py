@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from foveate.compare.grid import Cell
-from foveate.compare.seat import Result, Seat, Source, Watcher, failed
+from foveate.compare.seat import Place, Result, Runs, Watcher, failed
 from foveate.errors import FoveateError
 
 RETRIES = 3
@@ -49,7 +49,7 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def on_ray(ray: Any, cells: Sequence[Cell], source: Source, at_once: int, watcher: Watcher) -> None:
+def on_ray(ray: Any, cells: Sequence[Cell], source: Place, at_once: int, watcher: Watcher) -> None:
     """Run cells as Ray tasks, `at_once` at most, each on a CPU core (and a GPU where the run is on GPUs)."""
     gpus = 1 if source.device.startswith("cuda") else 0
     run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run)
@@ -76,12 +76,12 @@ def on_ray(ray: Any, cells: Sequence[Cell], source: Source, at_once: int, watche
             ray.cancel(left, force=True)
 
 
-def _run(source: Source, cell: Cell) -> Result:
+def _run(source: Place, cell: Cell) -> Result:
     """On a node of the cluster."""
     return _seat(source).run(cell, lambda fraction: None)
 
 
 @functools.lru_cache(maxsize=1)
-def _seat(source: Source) -> Seat:
+def _seat(source: Place) -> Runs:
     """One model a process: Ray uses a process for many cells."""
-    return Seat(source.open)
+    return source.seat()

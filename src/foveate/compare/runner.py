@@ -11,7 +11,7 @@ from types import FrameType
 from foveate.compare.grid import Cell
 from foveate.compare.progress import Board
 from foveate.compare.ray_workers import connected, on_ray
-from foveate.compare.seat import Result, Seat, Source, Watcher, in_this_process
+from foveate.compare.seat import Place, Result, Runs, Watcher, in_this_process
 from foveate.compare.store import RunFolder
 from foveate.compare.workers import in_children
 
@@ -32,13 +32,20 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(
-    folder: RunFolder, where: Seat | Source, *, workers: int = 0, ray: str | None = None, show: bool = True
+    folder: RunFolder,
+    place: Place,
+    *,
+    seat: Runs | None = None,
+    workers: int = 0,
+    ray: str | None = None,
+    show: bool = True,
 ) -> None:
     """Run the cells that are missing in a folder, and store each as soon as it is finished.
 
     Args:
         folder: with the grid planned.
-        where: a seat: run here, one cell after the other. A source: what workers or Ray open the model from.
+        place: what workers or Ray get who runs cells from.
+        seat: who runs them in this process, where there are neither; else the place's.
         workers: how many child processes.
         ray: the address of a Ray cluster.
         show: tell on the standard error how far the run is.
@@ -59,14 +66,15 @@ def run(
             if ray is not None:
                 cluster = stack.enter_context(connected(ray))
                 lanes = int(cluster.cluster_resources()["CPU"])
-            watcher = _Storing(folder, stack.enter_context(Board(len(folder.cells), missing, lanes, show)))
+            watcher = _Storing(folder, stack.enter_context(Board(len(folder.cells), missing, place.cost, lanes, show)))
             for cells, at_once in ((others, lanes), (timed, 1)):
-                if isinstance(where, Seat):
-                    in_this_process(cells, where, watcher)
-                elif ray is not None:
-                    on_ray(cluster, cells, where, at_once, watcher)
+                if ray is not None:
+                    on_ray(cluster, cells, place, at_once, watcher)
+                elif workers:
+                    in_children(cells, place, at_once, watcher)
                 else:
-                    in_children(cells, where, at_once, watcher)
+                    seat = seat or place.seat()
+                    in_this_process(cells, seat, watcher)
     except KeyboardInterrupt as error:
         raise Interrupted(len(folder.cells) - len(folder.missing()), len(folder.cells)) from error
 

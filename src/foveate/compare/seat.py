@@ -8,7 +8,7 @@ import gc
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,25 @@ class Watcher(Protocol):
     def started(self, cell: Cell) -> None: ...
     def progressed(self, cell: Cell, fraction: float) -> None: ...
     def finished(self, cell: Cell, result: Result) -> None: ...
+
+
+class Runs(Protocol):
+    """Who runs cells in this process."""
+
+    def run(self, cell: Cell, progress: Progress) -> Result: ...
+
+
+class Place(Hashable, Protocol):
+    """From where a process, here or on another machine, gets who runs cells; it is sent there.
+
+    Attributes:
+        device: as `foveate.load` takes it: whether a GPU is needed.
+    """
+
+    @property
+    def device(self) -> str: ...
+    def seat(self) -> Runs: ...
+    def cost(self, cell: Cell) -> float: ...
 
 
 # ---- one cell ------------------------------------------------------------------------------------------
@@ -116,6 +135,14 @@ class Source:
     weights: str | None = None
     versions: dict[str, str] | None = field(default=None, hash=False)
 
+    def seat(self) -> Seat:
+        """The model, to run cells on."""
+        return Seat(self.open)
+
+    def cost(self, cell: Cell) -> float:
+        """How much work a cell is, in `Task.cost()`'s unit."""
+        return TASKS.parse(cell.task).cost()
+
     def open(self) -> Bench:
         if self.versions is not None and versions() != self.versions:
             raise FoveateError(f"the run was started with {self.versions}, but here is {versions()}: install the same.")
@@ -164,7 +191,7 @@ class Seat:
         return result
 
 
-def in_this_process(cells: Sequence[Cell], seat: Seat, watcher: Watcher) -> None:
+def in_this_process(cells: Sequence[Cell], seat: Runs, watcher: Watcher) -> None:
     """Run cells one after the other."""
     for cell in cells:
         watcher.started(cell)

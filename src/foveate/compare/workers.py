@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from foveate.compare.grid import Cell
-from foveate.compare.seat import Result, Seat, Source, Watcher, failed
+from foveate.compare.seat import Place, Result, Watcher, failed
 from foveate.errors import FoveateError
 
 PROGRESS_SECONDS = 0.2
@@ -38,7 +38,7 @@ class _Child:
     began: float
 
 
-def in_children(cells: Sequence[Cell], source: Source, count: int, watcher: Watcher) -> None:
+def in_children(cells: Sequence[Cell], source: Place, count: int, watcher: Watcher) -> None:
     """Run cells on `count` processes, each with a model of its own and its share of the cores.
 
     A child that dies takes the cell that it was at with it, and a fresh one takes its place.
@@ -76,7 +76,7 @@ def in_children(cells: Sequence[Cell], source: Source, count: int, watcher: Watc
         _end(children.values())
 
 
-def _start(source: Source, threads: int, cell: Cell) -> _Child:
+def _start(source: Place, threads: int, cell: Cell) -> _Child:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_child, args=(theirs, source, threads), daemon=True)
@@ -124,12 +124,12 @@ def _died(child: _Child) -> Result:
     return failed(FoveateError(f"the worker process {why}."), child.began)
 
 
-def _child(pipe: Connection, source: Source, threads: int) -> None:
+def _child(pipe: Connection, source: Place, threads: int) -> None:
     """Take cells from the pipe and send their results back, until the parent ends it or is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # orderly, unlike the default
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    seat, told = Seat(source.open), 0.0
+    seat, told = source.seat(), 0.0
 
     def tell(fraction: float) -> None:
         nonlocal told

@@ -2,5 +2,6 @@
 
 from foveate.train.build import Sizes, build
 from foveate.train.loop import Report, Settings, fit
+from foveate.train.run import Trained, train
 
-__all__ = ["Report", "Settings", "Sizes", "build", "fit"]
+__all__ = ["Report", "Settings", "Sizes", "Trained", "build", "fit", "train"]

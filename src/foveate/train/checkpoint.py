@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.train import processes
 from foveate.models.source import reason
+from foveate.train import processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -121,8 +121,8 @@ def fit(
     device, world = model.device, processes.world()
     if settings.batch % (world * settings.pieces):
         raise FoveateError(
-            f"a batch of {settings.batch} can't be shared by {world} processes in {settings.pieces} pieces each: give a "
-            f"multiple of {world * settings.pieces}."
+            f"a batch of {settings.batch} can't be shared by {world} processes in {settings.pieces} pieces each: "
+            f"give a multiple of {world * settings.pieces}."
         )
     show = show or Show(False)
     wrapped = _spread(model, parallel)

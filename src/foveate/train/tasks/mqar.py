@@ -37,7 +37,7 @@ class Mqar(TrainTask):
             )
         if self.vocab < 2 * self.pairs + 3:
             raise FoveateError(
-                f"{self}: {self.pairs} different keys need a vocab of {2 * self.pairs + 3} or more: half of it are keys."
+                f"{self}: {self.pairs} keys need a vocab of {2 * self.pairs + 3} or more: half of it are keys."
             )
 
     @property
