@@ -305,10 +305,10 @@ def decode_speed(model: Backbone, tokens: int, repeats: int = 15) -> Metric:
     return median(times)
 
 
-def _thinned(losses: list[float], points: int = 100) -> list[tuple[int, float]]:
+def _thinned(losses: list[float], points: int = 100) -> list[list[float]]:
     width = max(1, -(-len(losses) // points))
     parts = [losses[at : at + width] for at in range(0, len(losses), width)]
-    return [(min(len(losses), (i + 1) * width), sum(part) / len(part)) for i, part in enumerate(parts)]
+    return [[min(len(losses), (i + 1) * width), sum(part) / len(part)] for i, part in enumerate(parts)]
 
 
 # ---- from cells to rows -------------------------------------------------------------------------------------------
