@@ -20,14 +20,17 @@ import foveate as fv
 from foveate import claims
 from foveate.cache.budgets import BUDGETS
 from foveate.cache.coders import CODINGS
+from foveate.backbone import CHANNELS, MIXERS, NORMS, STACKS
 from foveate.cli import app
 from foveate.compare import PROFILES
+from foveate.compare.mixers import CONTESTS, asked_for
 from foveate.heal import HEALS
-from foveate.methods import FUNCTIONS, METHODS, Recipe, techniques
+from foveate.methods import FUNCTIONS, METHODS, PARTS, Recipe, techniques
 from foveate.models.tiny import TINY_FAMILIES
 from foveate.probes.base import PROBES
 from foveate.specs import split_specs
 from foveate.tasks import TASKS
+from foveate.train.tasks import TRAIN_TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -72,8 +75,17 @@ def test_every_command_line_parses(page, examples):
         given = COMMANDS[verb].make_context(verb, arguments).params
         for spec in [spec for each in given.get("recipes") or () for spec in split_specs(each)]:
             assert spec.endswith(".yaml") or Recipe.of(spec)
-        for spec in [spec for each in given.get("tasks") or () for spec in split_specs(each)]:
-            TASKS.parse(spec)
+        tasks = [spec for each in given.get("tasks") or () for spec in split_specs(each)]
+        if given.get("mixers"):
+            asked = asked_for(None, None, given["mixers"], tasks, given["train"], None)
+            assert all(MIXERS.parse(each) for name in asked["mixers"] or () for each in name.split("+"))
+        for spec in tasks:
+            (TRAIN_TASKS if given.get("mixers") else TASKS).parse(spec)
+        if verb == "train":
+            TRAIN_TASKS.parse(given["task"])
+            for registry, name in ((NORMS, "norm"), (CHANNELS, "channel"), (STACKS, "stack")):
+                registry.parse(given[name])
+            assert all(MIXERS.parse(each) for each in given["mixer"].split("+"))
         assert given.get("profile", "quick") in PROFILES
         assert {*(given.get("names") or ())} <= {*techniques()}
         for spec in [spec for each in given.get("probes") or () for spec in split_specs(each)]:
@@ -139,7 +151,7 @@ def test_every_function_budget_and_coding_stands_on_its_page():
         page = (ROOT / "docs" / f"{function.role}.md").read_text(encoding="utf-8")
         assert f"\n`fv.{name}()`\n" in page, f"docs/{function.role}.md says nothing of {name}"
         assert f"]({function.paper.url}), {function.paper.year}" in page
-    for name, cls in [*BUDGETS.all().items(), *CODINGS.all().items(), *HEALS.all().items(), *PROBES.all().items()]:
+    for name, cls in [item for registry in PARTS for item in registry.all().items()]:
         if cls.__module__.startswith("foveate."):
             page = (ROOT / "docs" / f"{cls.role}.md").read_text(encoding="utf-8")
             assert f"\n`{name}`\n" in page, f"docs/{cls.role}.md says nothing of {name}"
@@ -150,7 +162,7 @@ def test_every_module_but_those_of_a_page_of_their_own_stands_in_the_design():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     told = {
         cls.__module__
-        for registry in (METHODS, TASKS, BUDGETS, CODINGS, HEALS, PROBES)
+        for registry in (METHODS, TASKS, TRAIN_TASKS, *PARTS)
         for cls in registry.all().values()
     }
     source = ROOT / "src"
@@ -169,6 +181,17 @@ def test_every_task_and_field_stands_on_the_tasks_page():
         for field in dataclasses.fields(cls):
             default = "" if field.default is dataclasses.MISSING else str(field.default).lower()
             assert re.search(rf"^\| `{field.name}` \| *{default} *\|", section[1], re.MULTILINE), (name, field.name)
+
+
+def test_every_training_task_and_field_stands_on_the_page_of_training():
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    for name, cls in TRAIN_TASKS.all().items():
+        section = re.search(rf"^### {name}$(.*?)(^##|\Z)", page, re.MULTILINE | re.DOTALL)
+        assert section, f"docs/train.md has no section {name}"
+        for field in dataclasses.fields(cls):
+            default = str(field.default).lower()
+            assert re.search(rf"^\| `{field.name}` \| *{re.escape(default)} *\|", section[1], re.MULTILINE), (name, field.name)
+    assert all(f"| `{name}` |" in page for name in CONTESTS)
 
 
 def test_every_profile_family_and_public_name_is_told_of():

@@ -42,6 +42,15 @@ def test_every_role_has_a_path_and_receiving_policies_are_named():
     assert "h2o" in paths["cache"] and "streaming" not in paths["cache"]
 
 
+def test_linear_mixers_say_which_kernels_they_take_and_why_not(monkeypatch):
+    for reason, said in (
+        (None, "flash-linear-attention's, in bfloat16"),
+        ("none is here", "plain PyTorch: none is here"),
+    ):
+        monkeypatch.setattr(doctor.fast, "unavailable", lambda reason=reason: reason)
+        assert said in facts("kernels")["linear mixers"]
+
+
 def test_devices_say_why_there_is_no_gpu():
     devices = facts("devices")
     assert "cores" in devices["cpu"] and "GiB" in devices["memory"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from foveate.heal import Heal, HealReport, heal
     from foveate.measure.bootstrap import Metric
     from foveate.methods import Method, Paper, Recipe, Target, UnitScores, apply, method
+    from foveate.mixers.recurrence_forms import recurrence
     from foveate.models.anatomy import Anatomy, Family, anatomy, register_family
     from foveate.models.load import load
     from foveate.models.planted import planted
@@ -55,6 +56,7 @@ _HOMES = {
     "foveate.heal": ("Heal", "HealReport", "heal"),
     "foveate.measure.bootstrap": ("Metric",),
     "foveate.methods": ("Method", "Paper", "Recipe", "Target", "UnitScores", "apply", "method"),
+    "foveate.mixers.recurrence_forms": ("recurrence",),
     "foveate.models.anatomy": ("Anatomy", "Family", "anatomy", "register_family"),
     "foveate.models.load": ("load",),
     "foveate.models.planted": ("planted",),

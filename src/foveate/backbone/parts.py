@@ -3,7 +3,9 @@ cache or a window."""
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,9 @@ class ShortConv(nn.Module):
         """(batch, n, width) to the same, and the last `size` - 1 tokens."""
         last = x.new_zeros(x.shape[0], self.size - 1, x.shape[2]) if state is None else state["conv"]
         held = torch.cat([last, x], 1)
-        y = functional.conv1d(held.transpose(1, 2), self.weight.to(x.dtype), groups=x.shape[2]).transpose(1, 2)
+        # Shifts and products: depthwise convolutions of so few tokens are slower, by far in bfloat16 on a CPU.
+        n, weight = x.shape[1], self.weight.to(x.dtype)
+        y = sum((held[:, i : i + n] * weight[:, 0, i] for i in range(1, self.size)), held[:, :n] * weight[:, 0, 0])
         return y, None if state is None else {"conv": held[:, held.shape[1] - self.size + 1 :].clone()}
 
 
@@ -59,13 +63,35 @@ def rotated(x: Tensor, start: Tensor | int = 0, base: float = 10_000.0) -> Tenso
     """
     n, half = x.shape[1], x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rates = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    positions = torch.arange(n, device=x.device, dtype=dtype)
-    positions = positions + (start.to(dtype)[:, None] if isinstance(start, Tensor) else start)
-    angles = positions.view(-1, n, 1, 1) * rates
-    cos, sin = angles.cos(), angles.sin()
+    if isinstance(start, Tensor):
+        first = torch.arange(n, device=x.device, dtype=dtype)
+        cos, sin = _turns(first + start.to(dtype)[:, None], half, base)
+    else:
+        cos, sin = _table(n, start, half, base, x.device, dtype)
     a, b = x.to(dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def _turns(positions: Tensor, half: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of (batch, n) positions, (batch, n, 1, half) each."""
+    rates = base ** (-torch.arange(half, device=positions.device, dtype=positions.dtype) / half)
+    angles = positions[..., None, None] * rates
+    return angles.cos(), angles.sin()
+
+
+@torch.compiler.assume_constant_result
+def _table(*key: Any) -> tuple[Tensor, Tensor]:
+    """`_turns` of neighbouring positions: a constant to the compiler, which would else make cosines anew for each head of
+    each layer, a quarter of a training step's time."""
+    return _kept_table(*key)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_table(
+    n: int, start: int, half: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.inference_mode(False):
+        return _turns(torch.arange(start, start + n, device=device, dtype=dtype)[None], half, base)
 
 
 def cached(state: State, keep: int | None = None, **new: Tensor) -> tuple[dict[str, Tensor], State]:

@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.errors import FoveateError
-from foveate.train import processes
-from foveate.train.show import Show
 from foveate.methods import PARTS, Part
 from foveate.models.anatomy import anatomy
 from foveate.models.load import tokenizer_for
 from foveate.specs import Registry
+from foveate.train import processes
+from foveate.train.show import Show
 
 C = TypeVar("C", bound=type)
 

@@ -17,11 +17,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from foveate.data.text import load_text
 from foveate.errors import FoveateError
-from foveate.train import processes
 from foveate.heal.base import Job, reader
-from foveate.train.checkpoint import unwritten
 from foveate.models.anatomy import anatomy
 from foveate.models.caches import with_cache
+from foveate.train import processes
+from foveate.train.checkpoint import unwritten
 
 CACHE_BYTES = 24 * 2**30
 """Memory that the caches of texts that are sampled together may take on a GPU."""

@@ -1,3 +1,3 @@
 """Channel mixers, one file each."""
 
-from foveate.blocks.channels import gated, none
+from foveate.blocks.channels import duo, gated, mlp, moe, none

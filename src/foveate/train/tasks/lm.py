@@ -20,7 +20,7 @@ class LanguageModelling(TrainTask):
     nothing is learned that any task of `foveate compare` evaluates on.
 
     Fields:
-        text: `prose`, `code`, a file, `hub:NAME`, or several joined by `/`.
+        text: `prose`, `code`, a file, `hub:NAME`, or several joined by `+`.
         length: tokens of a passage.
         unit: `bytes`, or what `foveate.load` takes: that model's tokenizer reads the text.
     """
@@ -29,7 +29,7 @@ class LanguageModelling(TrainTask):
     better = "loss"
     higher = False
 
-    text: str = "prose/code"
+    text: str = "prose+code"
     length: int = 128
     unit: str = "bytes"
 
@@ -64,7 +64,7 @@ class LanguageModelling(TrainTask):
 
 @functools.lru_cache(maxsize=8)
 def _tokens(text: str, unit: str, split: Split) -> Tensor:
-    texts = [load_text(name) for name in text.split("/")]
+    texts = [load_text(name) for name in text.split("+")]
     return torch.cat([_encoded(_part(each, split), unit) for each in texts])
 
 
