@@ -18,13 +18,10 @@ import typer
 
 import foveate as fv
 from foveate import claims
-from foveate.cache.budgets import BUDGETS
-from foveate.cache.coders import CODINGS
 from foveate.backbone import CHANNELS, MIXERS, NORMS, STACKS
 from foveate.cli import app
 from foveate.compare import PROFILES
 from foveate.compare.mixers import CONTESTS, asked_for
-from foveate.heal import HEALS
 from foveate.methods import FUNCTIONS, METHODS, PARTS, Recipe, techniques
 from foveate.models.tiny import TINY_FAMILIES
 from foveate.probes.base import PROBES
@@ -160,11 +157,7 @@ def test_every_function_budget_and_coding_stands_on_its_page():
 
 def test_every_module_but_those_of_a_page_of_their_own_stands_in_the_design():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    told = {
-        cls.__module__
-        for registry in (METHODS, TASKS, TRAIN_TASKS, *PARTS)
-        for cls in registry.all().values()
-    }
+    told = {cls.__module__ for registry in (METHODS, TASKS, TRAIN_TASKS, *PARTS) for cls in registry.all().values()}
     source = ROOT / "src"
     for path in (source / "foveate").rglob("*.py"):
         if ".".join(path.relative_to(source).with_suffix("").parts) in told:
@@ -190,7 +183,10 @@ def test_every_training_task_and_field_stands_on_the_page_of_training():
         assert section, f"docs/train.md has no section {name}"
         for field in dataclasses.fields(cls):
             default = str(field.default).lower()
-            assert re.search(rf"^\| `{field.name}` \| *{re.escape(default)} *\|", section[1], re.MULTILINE), (name, field.name)
+            assert re.search(rf"^\| `{field.name}` \| *{re.escape(default)} *\|", section[1], re.MULTILINE), (
+                name,
+                field.name,
+            )
     assert all(f"| `{name}` |" in page for name in CONTESTS)
 
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foveate.data.text import load_text, tokens
 from foveate.errors import FoveateError
 from foveate.heal import HEALS, Heal, HealReport
-from foveate.train import processes
 from foveate.heal import heal as recover
 from foveate.measure.bootstrap import Metric, median, perplexity, perplexity_ratio
 from foveate.measure.clock import alternated, timed
@@ -33,6 +32,7 @@ from foveate.models.work import prefill_flops, step_bytes
 from foveate.plans import Plan, Uniform
 from foveate.prune import Pruner
 from foveate.tasks.base import decode, read, surprisal
+from foveate.train import processes
 from foveate.version import __version__
 
 WINDOW = 1024

@@ -9,9 +9,9 @@ import torch
 import foveate as fv
 from foveate.heal import HEALS, distill, heal, minilm
 from foveate.heal.base import Job
-from foveate.train.show import Show
 from foveate.heal.text import sampled, sequences
 from foveate.models.surgery import Surgery, cut
+from foveate.train.show import Show
 
 
 def models(family="llama"):

@@ -96,7 +96,8 @@ class Backbone(PreTrainedModel):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.order = STACKS.parse(config.stack).build(config.shape())
         self.norm = nn.RMSNorm(width, eps=config.eps) if norm.final else None
-        self._shrink()
+        if norm.small_start:
+            self._shrink()
 
     @torch.no_grad()
     def _shrink(self) -> None:

@@ -81,8 +81,8 @@ def _turns(positions: Tensor, half: int, base: float) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.assume_constant_result
 def _table(*key: Any) -> tuple[Tensor, Tensor]:
-    """`_turns` of neighbouring positions: a constant to the compiler, which would else make cosines anew for each head of
-    each layer, a quarter of a training step's time."""
+    """`_turns` of neighbouring positions: a constant to the compiler, which would else make cosines anew for each head
+    of each layer, a quarter of a training step's time."""
     return _kept_table(*key)
 
 
@@ -185,3 +185,14 @@ def linear(width: int, out: int, bias: bool = False) -> nn.Linear:
     if bias:
         nn.init.zeros_(module.bias)
     return module
+
+
+def simple_rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, (..., width) to the same; sums in float32 at least.
+
+    Example:
+        >>> simple_rms_norm(torch.tensor([3.0, 3.0, -3.0]), 1e-6).round(decimals=4).tolist()
+        [1.0, 1.0, -1.0]
+    """
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return functional.rms_norm(exact, x.shape[-1:], eps=eps).to(x.dtype)

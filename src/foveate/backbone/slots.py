@@ -101,13 +101,15 @@ class Norm(Part):
     """Where normalisation stands: `"pre"`, `"mix:post=0.25"`. A technique overrides `build`.
 
     Class attributes: `embedding`, whether embeddings are normalised before the first layer; `final`, whether the last
-    layer's output is normalised before the head.
+    layer's output is normalised before the head; `small_start`, whether what writes into the residual stream starts the
+    smaller the more layers there are.
     """
 
     role: ClassVar[str] = "block"
     field: ClassVar[str] = "norm"
     embedding: ClassVar[bool] = False
     final: ClassVar[bool] = True
+    small_start: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, shape: Shape) -> Residual:

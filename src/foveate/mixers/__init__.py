@@ -1,35 +1,7 @@
-"""Token mixers: how tokens exchange information. One file each."""
+"""The room of token mixers: how tokens exchange information. One file a technique."""
 
-from foveate.mixers import (
-    aaren,
-    based,
-    core_context,
-    diffqkv,
-    extractor,
-    flow,
-    fnet,
-    gated_linear,
-    hybrid,
-    key_driven_groups,
-    kronecker,
-    lightnet,
-    lightning,
-    linear,
-    mamba,
-    mamba2,
-    memory_slots,
-    mixture_of_heads,
-    mla,
-    ponet,
-    recurrence_forms,
-    relative,
-    resonance,
-    routing,
-    selective_temperature,
-    seqboat,
-    softmax,
-    softplus,
-    subsampled,
-    transnormer,
-    transnormerllm,
-)
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveate.backbone import Mixer, Shape, State, TokenMixer, mixer
-from foveate.backbone.parts import linear, split_heads
+from foveate.backbone.parts import linear, simple_rms_norm, split_heads
 from foveate.backbone.recurrence import recurrence
 from foveate.claims import Claim, Finding, claim
 from foveate.errors import FoveateError
@@ -17,7 +17,6 @@ from foveate.measure.bootstrap import Metric, median
 from foveate.measure.clock import alternated, timed
 from foveate.methods import Paper
 from foveate.mixers.softmax import Softmax
-from foveate.mixers.transnormerllm import simple_rms_norm
 from foveate.tasks.base import Bench
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,11 +38,14 @@ class LinearMixer(TokenMixer):
         self.out = linear(shape.width, shape.width)
 
     def start(self, batch: int, like: Tensor) -> State:
-        return {"memory": like.new_zeros(batch, self.heads, self.head, self.head + 1)}
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return {"memory": like.new_zeros(batch, self.heads, self.head, self.head + 1, dtype=dtype)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         q, k, v = split_heads(self.qkv(x), 3 * self.heads).chunk(3, 2)
         q, k = (functional.elu(each) + 1 for each in (q, k))
-        total, memory = recurrence(q, k, functional.pad(v, (0, 1), value=1.0), None, state and state["memory"])
+        total, memory = recurrence(
+            q, k, functional.pad(v, (0, 1), value=1.0), None, None if state is None else state["memory"]
+        )
         y = total[..., :-1] / total[..., -1:].clamp_min(1e-6)
         return self.out(y.flatten(2)), None if state is None else {"memory": memory}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from foveate.backbone import Mixer, Shape, State, TokenMixer, mixer
@@ -64,7 +65,7 @@ class SoftmaxMixer(TokenMixer):
 
     def start(self, batch: int, like: Tensor) -> State:
         empty = like.new_zeros(batch, 0, self.kv_heads, self.head)
-        return {"keys": empty, "values": empty, "seen": like.new_zeros(batch, dtype=int)}
+        return {"keys": empty, "values": empty, "seen": like.new_zeros(batch, dtype=torch.long)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         heads, kv_heads = self.heads, self.kv_heads

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveate.backbone import Mixer, Shape, State, TokenMixer, mixer
-from foveate.backbone.parts import linear, rotated, split_heads
+from foveate.backbone.parts import linear, rotated, simple_rms_norm, split_heads
 from foveate.backbone.recurrence import recurrence
 from foveate.claims import Claim, Finding, claim
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
 from foveate.methods import Paper
-from foveate.mixers.transnormerllm import simple_rms_norm
 from foveate.tasks.base import Bench
 from foveate.train import Settings, Sizes
 from foveate.train.trial import by_seed, differences, over_seeds

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveate.backbone import Mixer, Shape, State, TokenMixer, mixer, state_bytes
-from foveate.backbone.parts import linear, split_heads
+from foveate.backbone.parts import linear, simple_rms_norm, split_heads
 from foveate.backbone.recurrence import recurrence
 from foveate.claims import Claim, Finding, claim
 from foveate.errors import FoveateError
@@ -95,17 +95,6 @@ class TransNormerLLMMixer(TokenMixer):
             return y, None
         seen = {"seen": state["seen"] + x.shape[1]} if "seen" in state else {}
         return y, {"memory": memory, **seen}
-
-
-def simple_rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square, (..., width) to the same; sums in float32 at least.
-
-    Example:
-        >>> simple_rms_norm(torch.tensor([3.0, 3.0, -3.0]), 1e-6).round(decimals=4).tolist()
-        [1.0, 1.0, -1.0]
-    """
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return functional.rms_norm(exact, x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def _turns(theta: Tensor, n: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:

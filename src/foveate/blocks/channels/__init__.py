@@ -1,3 +1,7 @@
-"""Channel mixers, one file each."""
+"""Channel mixers. One file each."""
 
-from foveate.blocks.channels import duo, gated, mlp, moe, none
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,3 +1,7 @@
-"""Norm placements, one file each."""
+"""Norm placements. One file each."""
 
-from foveate.blocks.norms import ln_scaling, mix_ln, peri_ln, post, pre, sandwich
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
+    importlib.import_module(f"{__name__}.{_module.name}")

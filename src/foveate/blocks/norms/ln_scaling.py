@@ -22,12 +22,12 @@ class LNScaling(Norm):
     variance grows slowly, and a deep layer still moves what it is given.
 
     Both norms of a layer are scaled, the one before the head is not. The authors advise against joining this with a
-    start that scales down what writes into the stream, as the backbone's does; their claim is tried without it
-    (`foveate.blocks.norms.trial.full_start`).
+    start that scales down what writes into the stream, so that the backbone leaves that out under this placement.
     """
 
     paper = Paper("The Curse of Depth in Large Language Models", 2025, "https://arxiv.org/abs/2502.05795")
     claim = "lets deep layers matter, and learns better than pre-norm for it"
+    small_start = False
 
     def build(self, shape: Shape) -> Residual:
         return LNScalingResidual(shape)

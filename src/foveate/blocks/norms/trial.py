@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from foveate.backbone import Backbone
+from foveate.backbone import NORMS, Backbone
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
 from foveate.train import Settings, Sizes, build, fit
@@ -41,6 +41,8 @@ def full_start(model: Backbone) -> None:
     The papers on placements start all matrices alike, and "The Curse of Depth" finds that its scaling and the smaller
     start get in each other's way.
     """
+    if not NORMS.parse(model.config.norm).small_start:
+        return
     for layer in model.layers:
         for part in (layer.mixer, layer.channel):
             if isinstance(out := getattr(part, "out", None), nn.Linear):

@@ -1,3 +1,7 @@
-"""Ways to stack layers, one file each."""
+"""Ways to stack layers. One file each."""
 
-from foveate.blocks.stacks import block_to_local, plain
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):  # a technique registers when its file is imported
+    importlib.import_module(f"{__name__}.{_module.name}")
