@@ -63,7 +63,7 @@ def compare(
     mixers: Annotated[
         list[str] | None,
         typer.Option(
-            help="Train small models with these token mixers instead: `softmax,based:window=16`, or `recall`."
+            help="Train small models with these mixers instead: `softmax,linear`; or a contest: `recall`, `frontier`."
         ),
     ] = None,
     train: Annotated[
@@ -93,7 +93,9 @@ def compare(
     comparison: Any
     try:
         if mixers is not None:
-            arguments = asked_for(model, recipes, mixers, asked, train, out)
+            defaults = {"--profile": (profile, "quick"), "--text": (text, "prose"), "--dtype": (dtype, "auto")}
+            others = [name for name, (given, default) in defaults.items() if given != default]
+            arguments = asked_for(model, recipes, mixers, asked, train, out, seed=seed, others=others)
             out = arguments["out"]
             comparison = compare_mixers(**arguments, device=device, workers=workers, ray=ray)
         elif model is None or train is not None:

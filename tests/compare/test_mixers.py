@@ -100,6 +100,7 @@ def test_the_page_says_all_and_lets_nothing_through():
         (["--mixers", "softmax", "--train", "width=wide"], "give a int"),
         (["smollm2-135m", "--mixers", "softmax"], "give no model"),
         (["--train", "width=3"], "compare needs a model"),
+        (["--mixers", "softmax", "--text", "code"], "--text says nothing"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(arguments, said, tmp_path, monkeypatch):

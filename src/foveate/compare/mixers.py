@@ -53,20 +53,38 @@ class Contest:
 
 CONTESTS = {
     "recall": Contest(
-        about="recall against the size of the state, small: minutes on two CPU cores",
+        about="recall against the size of the state, small: under five minutes on two CPU cores",
         mixers=(
             "softmax",
-            "softmax:window=8",
-            "softmax:window=24",
+            "softmax:window=48",
             "linear",
+            "based:feature=2,window=8",
+            "based:feature=2,window=32",
             "based:feature=4,window=8",
             "based:feature=8,window=8",
-            "based:feature=8,window=24",
         ),
-        tasks=("mqar:pairs=8,length=64,vocab=128",),
+        tasks=("mqar:pairs=16,length=128,vocab=256",),
         sizes=Sizes(width=64, layers=2, heads=2, conv=3),
         settings=Settings(steps=600, batch=32, until=0.99),
         lrs=(3e-3,),
+    ),
+    "frontier": Contest(
+        about="the same with longer texts, more mixers and sizes: some ten minutes on a large GPU with `--workers 8`",
+        mixers=(
+            "softmax",
+            *(f"softmax:window={window}" for window in (32, 128)),
+            "linear",
+            "lightning",
+            "gated-linear",
+            *(f"mamba2:state={state}" for state in (16, 64)),
+            "hybrid",
+            *(f"based:feature={feature},window=16" for feature in (4, 8, 16, 24)),
+            *(f"based:feature=8,window={window}" for window in (64, 128)),
+        ),
+        tasks=("mqar:pairs=16,length=128,vocab=512", "mqar:pairs=64,length=512,vocab=512"),
+        sizes=Sizes(width=128, layers=2, heads=2, conv=3),
+        settings=Settings(steps=2000, batch=64, until=0.99),
+        lrs=(2e-3,),
     ),
 }
 
@@ -439,6 +457,9 @@ def asked_for(
     tasks: Sequence[str] | None,
     train: Sequence[str] | None,
     out: Path | None,
+    *,
+    seed: int = 0,
+    others: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the command line asked for, as `compare_mixers` takes it.
 
@@ -446,9 +467,11 @@ def asked_for(
         mixers: specs joined by commas, or the name of a contest.
         train: `name=value` of sizes and settings joined by commas; `lr` and `seeds` may have several values, joined
             by `/`.
+        seed: where `train` has no seeds.
+        others: options given that mean nothing here.
 
     Raises:
-        FoveateError: a model or recipes beside mixers, a name that is neither a size nor a setting.
+        FoveateError: a model, recipes or other options beside mixers, a name that is neither a size nor a setting.
 
     Example:
         >>> asked_for(None, None, ["softmax,linear"], None, ["width=32,lr=1e-3/3e-3"], None)["lrs"]
@@ -456,11 +479,13 @@ def asked_for(
     """
     if model is not None or recipes is not None:
         raise FoveateError("--mixers trains models of its own: give no model and no --recipes with it.")
+    if others:
+        raise FoveateError(f"{', '.join(others)} says nothing of models that are trained: leave it out with --mixers.")
     names = [spec for each in mixers for spec in split_specs(each)]
     contest = names[0] if len(names) == 1 and names[0] in CONTESTS else "recall"
     chosen = CONTESTS[contest]
     sizes, settings = asdict(chosen.sizes), asdict(chosen.settings)
-    lrs, seeds = list(chosen.lrs), [0]
+    lrs, seeds = list(chosen.lrs), [seed]
     known = sorted(({*sizes, *settings} - {"mixer", "seed"}) | {"seeds"})
     for part in [part for each in train or () for part in split_outside(each, ",")]:
         name, equals, value = (text.strip() for text in part.partition("="))

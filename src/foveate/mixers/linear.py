@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,7 +11,13 @@ from torch.nn import functional
 from foveate.backbone import Mixer, Shape, State, TokenMixer, mixer
 from foveate.backbone.parts import linear, split_heads
 from foveate.backbone.recurrence import recurrence
+from foveate.claims import Claim, Finding, claim
+from foveate.measure.bootstrap import Metric
 from foveate.methods import Paper
+from foveate.mixers.softmax import RECALL, recall_sizes, recall_task
+from foveate.tasks.base import Bench
+from foveate.train import Settings
+from foveate.train.trial import by_seed, held_bytes, over_seeds
 
 
 @mixer("linear")
@@ -49,3 +57,41 @@ class LinearMixer(TokenMixer):
         )
         y = total[..., :-1] / total[..., -1:].clamp_min(1e-6)
         return self.out(y.flatten(2)), None if state is None else {"memory": memory}
+
+
+@claim("linear")
+class LinearClaim(Claim):
+    statement: ClassVar[str] = (
+        "linear attention goes in time linear in the length with a state of fixed size, and recalls the less of what "
+        "it holds the more that is (from Based, arXiv 2402.18668)"
+    )
+    setting: ClassVar[str] = (
+        "2 layers of width 64, 2 heads, a convolution over 3 tokens; mqar with 4, 8 and 16 pairs in texts of 32, 64 "
+        "and 128 tokens, vocab 128; at most 2,000 steps of 64, until 99.5% of validation answers are right; 3 seeds"
+    )
+    reads = False
+    steps: int = 2000
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def run(self, bench: Bench) -> Finding:
+        metrics, right, held = {}, [], []
+        for number, pairs in enumerate(RECALL):
+            found = by_seed(
+                recall_task(pairs),
+                {"linear": recall_sizes("linear")},
+                Settings(steps=self.steps, lr=3e-3, until=0.995),
+                device=bench.model.device,
+                seeds=self.seeds,
+                progress=lambda done, number=number: bench.progress((number + done) / len(RECALL)),  # type: ignore[misc]
+            )["linear"]
+            right.append(over_seeds([run.scores["accuracy"] for run in found]))
+            held.append(held_bytes(found[0].model, 8 * pairs))
+            metrics[f"right, {pairs} pairs"] = right[-1]
+            metrics[f"bytes held, {pairs} pairs"] = Metric.exact(held[-1])
+        return Finding(
+            metrics,
+            {
+                "what is held does not grow with the text": len(set(held)) == 1,
+                "fewer answers are right with 16 pairs than with 4": right[-1].high < right[0].low,
+            },
+        )
