@@ -106,8 +106,8 @@ class SoftmaxClaim(Claim):
     )
     setting: ClassVar[str] = (
         "2 layers of width 64, 2 heads, a convolution over 3 tokens; mqar with 4, 8 and 16 pairs in texts of 32, 64 "
-        "and 128 tokens, vocab 128; at most 2,000 steps of 64, until 99.5% of validation answers are right; 3 seeds; beside "
-        "it the same with a window of 16"
+        "and 128 tokens, vocab 128; at most 2,000 steps of 64, until 99.5% of validation answers are right; 3 seeds; "
+        "beside it the same with a window of 16"
     )
     reads = False
     steps: int = 2000
