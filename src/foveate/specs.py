@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -67,9 +68,12 @@ def _parse_value(cls: type[Spec], key: str, text: Any) -> Any:
             return raw.lower() == "true"
         if kind in (int, float):
             try:
-                return kind(raw)
+                value = kind(raw)
             except ValueError:
                 continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FoveateError(f"{cls.name}: {key}={raw} is no number to work with: give a finite one.")
+            return value
         if kind is str:
             return raw
     names = " or ".join(k.__name__ for k in allowed if k is not type(None))

@@ -106,8 +106,7 @@ def verify(
     verdicts = []
     for name in chosen:
         bench = Bench(live, tokenizer, text, lambda done, name=name: progress(name, done))  # type: ignore[misc]
-        reads = CLAIMS[name].reads
-        verdict = try_claim(CLAIMS[name](), bench, model_name(live) if reads else "models trained on the spot")
+        verdict = try_claim(CLAIMS[name](), bench, model_name(live))
         verdicts.append(verdict)
         if folder is not None:
             write(folder / f"{name}.json", json.dumps(vars(verdict), indent=1, ensure_ascii=False) + "\n")
@@ -127,7 +126,7 @@ def try_claim(claim: Claim, bench: Bench, model: str) -> Verdict:
         claim.statement,
         claim.setting,
         "holds" if all(finding.checks.values()) else "fails",
-        f"{model}, {str(bench.model.dtype).removeprefix('torch.')}, {bench.model.device.type}",
+        _on(claim, bench, model),
         {name: {k: round(v, 6) for k, v in metric.to_json().items()} for name, metric in finding.metrics.items()},
         {words: bool(held) for words, held in finding.checks.items()},
         round(time.perf_counter() - start, 1),
@@ -139,6 +138,15 @@ def try_claim(claim: Claim, bench: Bench, model: str) -> Verdict:
         },
         datetime.now(UTC).date().isoformat(),
     )
+
+
+def _on(claim: Claim, bench: Bench, model: str) -> str:
+    """What the experiment was made on: model, numbers, device."""
+    device = bench.model.device.type
+    if claim.reads:
+        return f"{model}, {str(bench.model.dtype).removeprefix('torch.')}, {device}"
+    products = "bfloat16" if device == "cuda" else "float32"  # as training has it by default
+    return f"models trained on the spot, {products} products, {device}"
 
 
 def write(path: Path, text: str) -> None:

@@ -97,7 +97,7 @@ def test_the_page_says_all_and_lets_nothing_through():
     [
         (["--mixers", "softmx"], "did you mean softmax"),
         (["--mixers", "softmax", "--train", "stps=3"], "did you mean steps"),
-        (["--mixers", "softmax", "--train", "width=wide"], "give a int"),
+        (["--mixers", "softmax", "--train", "width=wide"], "give a whole number"),
         (["smollm2-135m", "--mixers", "softmax"], "give no model"),
         (["--train", "width=3"], "compare needs a model"),
         (["--mixers", "softmax", "--text", "code"], "--text says nothing"),
@@ -134,3 +134,19 @@ def test_rows_of_failed_and_finished_cells_in_order():
     broken = {**cells[0], "status": "failed", "reason": "why", "metrics": {}, "artifacts": {}}
     assert [row.quality is None for row in rows_of([broken, cells[1]])] == [True, False]
     assert json.dumps(cells)  # plain
+
+
+def test_types_of_settings_whose_default_is_none():
+    got = asked_for(None, None, ["softmax"], None, ["bfloat16=true,until=none"], None)
+    assert got["settings"].bfloat16 is True and got["settings"].until is None
+
+
+def test_another_seed_has_another_folder():
+    outs = {asked_for(None, None, ["recall"], None, None, None, seed=seed)["out"] for seed in (0, 1)}
+    assert len(outs) == 2
+
+
+def test_seeds_that_failed_are_told():
+    cells = run(mixers=["linear"], seeds=(0, 1)).cells
+    broken = {**cells[1], "status": "failed", "reason": "why", "metrics": {}, "artifacts": {}}
+    assert rows_of([cells[0], broken])[0].texts()[0].endswith("1 of 2 seeds")

@@ -108,5 +108,5 @@ def test_the_claim_runs():
 
     finding = Short().run(Bench(build(TRAIN_TASKS.parse("mqar")), None, None))
     assert all(math.isfinite(each.value) for each in finding.metrics.values())
-    assert len(finding.checks) == 5 and all(isinstance(each, bool) for each in finding.checks.values())
-    assert finding.checks["one cluster is dense attention"] and finding.checks["scores grow as n^1.5"]
+    assert len(finding.checks) == 4 and all(isinstance(each, bool) for each in finding.checks.values())
+    assert finding.checks["one cluster is dense attention"]

@@ -72,6 +72,7 @@ class BackboneOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: MixerCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None  # where transformers looks for them; mixers have none to show
     last_hidden_state: Tensor | None = None
 
 
@@ -102,11 +103,11 @@ class Backbone(PreTrainedModel):
     @torch.no_grad()
     def _shrink(self) -> None:
         """Scale what writes into the residual stream down by sqrt(2 layers), as GPT-2 does, so that its variance
-        at the start does not depend on the depth. Modules call that map `out`."""
+        at the start does not depend on the depth. Modules call that map `out`, or name the weights: `writers()`."""
         for layer in self.layers:
             for part in (layer.mixer, layer.channel):
-                if isinstance(out := getattr(part, "out", None), nn.Linear):
-                    out.weight.mul_(1 / math.sqrt(2 * len(self.layers)))
+                for weight in written(part):
+                    weight.mul_(1 / math.sqrt(2 * len(self.layers)))
 
     def _init_weights(self, module: nn.Module) -> None:
         pass  # modules are made as they start; transformers would begin anew
@@ -316,6 +317,15 @@ class BackboneForValues(Backbone):
             errors = (out.logits.float() - targets.nan_to_num()).square() * counts  # type: ignore[union-attr]
             out.loss = errors.sum() / counts.sum() + self.extra_loss()
         return out
+
+
+def written(part: Any) -> list[Tensor]:
+    """The weights with which a mixer or channel mixer writes into the residual stream."""
+    if hasattr(part, "writers"):
+        weights: list[Tensor] = part.writers()
+        return weights
+    out = getattr(part, "out", None)
+    return [out.weight] if isinstance(out, nn.Linear) else []
 
 
 def _check_padding(mask: Tensor | None) -> None:

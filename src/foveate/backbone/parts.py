@@ -145,8 +145,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale:
     n, held = q.shape[1], k.shape[1] - q.shape[1]
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is not None and held == 0 and n > 2 * window:
-        out = _in_blocks(q, k, v, window, scale)
+    if window is not None and n > 2 * window:
+        near = min(held, window - 1)  # what is before these is seen by none
+        k, v = (x[:, :, held - near :] for x in (k, v))
+        out = _in_blocks(functional.pad(q, (0, 0, near, 0)), k, v, window, scale)[:, :, near:]
     elif (window is None or held + n <= window) and (held == 0 or n == 1):
         out = functional.scaled_dot_product_attention(
             q, k, v, is_causal=held == 0 and n > 1, scale=scale, enable_gqa=grouped

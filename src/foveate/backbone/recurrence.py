@@ -9,6 +9,8 @@ held against, and what runs everywhere else.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -157,6 +159,8 @@ def _carried(added: Tensor, kept: Tensor, memory: Tensor) -> tuple[Tensor, Tenso
         kept: the logarithm of what it leaves of the memory before it, (batch or 1, heads, count, feature).
         memory: before the first chunk, (batch, heads, feature, columns).
     """
+    # Nothing is left below that anyway; without the bound sums of huge logarithms would swallow small ones after them.
+    kept = kept.clamp_min(math.log(torch.finfo(kept.dtype).tiny))
     count = added.shape[2]
     if count == 1:
         return memory.unsqueeze(2), kept[:, :, 0].exp().unsqueeze(-1) * memory + added[:, :, 0]

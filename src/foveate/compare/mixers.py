@@ -342,6 +342,7 @@ class Row:
         state_bytes: held of a text of the task's length; None where the mixer looks both ways.
         train_tokens_per_second, decode_tokens_per_second: None where not measured.
         memory: lengths and bytes held; losses: (step, loss) of the first seed.
+        reason: why it failed, where all seeds did; finished: how many seeds of how many did not fail.
     """
 
     mixer: str
@@ -356,6 +357,11 @@ class Row:
     memory: Mapping[str, list[int]] | None = None
     losses: Sequence[Sequence[float]] = ()
     reason: str = ""
+    finished: tuple[int, int] = (1, 1)
+
+    def _missing(self) -> str:
+        done, of = self.finished
+        return "" if done == of else f" {done} of {of} seeds"
 
     def texts(self) -> list[str]:
         """Quality, state, parameters, speeds, as people read them."""
@@ -368,7 +374,7 @@ class Row:
         )
         train, decode = self.train_tokens_per_second, self.decode_tokens_per_second
         return [
-            f"{value}{'%' if percent else ''} [{low}, {high}]",
+            f"{value}{'%' if percent else ''} [{low}, {high}]{self._missing()}",
             "both ways" if self.state_bytes is None else f"{self.state_bytes:,} B",
             f"{self.parameters:,}",
             "-" if train is None else f"{train:,.0f}/s",
@@ -409,13 +415,14 @@ def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
                 middle("decode_tokens_per_second"),
                 done[0]["artifacts"].get("memory"),
                 done[0]["artifacts"]["losses"],
+                finished=(len(done), len(group)),
             )
         )
     return rows
 
 
 def advice_of(rows: Sequence[Row]) -> list[str]:
-    """For each task the best mixer, and the smallest state whose quality can't be told from it or is within 2 points.
+    """For each task the best mixer, and the smallest state whose quality is within 2 points (a loss: 2%) of it.
 
     Example:
         >>> good = Row("softmax", "mqar", "accuracy", True, Metric(0.99, 0.98, 1.0), 10, 4096)
@@ -436,7 +443,7 @@ def advice_of(rows: Sequence[Row]) -> list[str]:
         def text(row: Row) -> str:
             return row.texts()[0].partition(" ")[0]
 
-        best = max(there, key=value)
+        best = max(there, key=lambda row: (value(row), -(row.state_bytes or 0)))
         room = 0.02 if best.better == "accuracy" else 0.02 * abs(value(best))
         near = [row for row in there if row.state_bytes is not None and value(row) >= value(best) - room]
         line = f"{task}: {best.mixer} does best ({text(best)})"
@@ -499,7 +506,7 @@ def asked_for(
             )
             continue
         where = sizes if name in sizes else settings
-        where[name] = _number(name, value, where[name] if where[name] is not None else 0.1)
+        where[name] = None if value.lower() == "none" else _number(name, value, _LIKE.get(name, where[name]))
     given = bool(train)
     arguments = {
         "mixers": None if names == [contest] else names,
@@ -510,9 +517,13 @@ def asked_for(
         "lrs": lrs,
         "seeds": seeds,
     }
-    plain = arguments["mixers"] is None and tasks is None and not given
+    plain = arguments["mixers"] is None and tasks is None and not given and seeds == [0]
     shown = f"mixers-{contest}" if plain else f"mixers-{grid.digest({k: str(v) for k, v in arguments.items()})[:6]}"
     return {**arguments, "out": out or Path("runs", shown)}
+
+
+_LIKE = {"until": 0.1, "bfloat16": True}
+"""What values look like where the default is None."""
 
 
 def _number(name: str, text: str, like: Any) -> Any:
@@ -524,4 +535,5 @@ def _number(name: str, text: str, like: Any) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return type(like)(text)
     except (ValueError, KeyError):
-        raise FoveateError(f"--train {name}={text} can't be read: give a {type(like).__name__}.") from None
+        wanted = {bool: "true or false", int: "a whole number"}.get(type(like), "a number")
+        raise FoveateError(f"--train {name}={text} can't be read: give {wanted}.") from None

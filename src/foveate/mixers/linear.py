@@ -52,10 +52,10 @@ class LinearMixer(TokenMixer):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         q, k, v = split_heads(self.qkv(x), 3 * self.heads).chunk(3, 2)
         q, k = (functional.elu(each) + 1 for each in (q, k))
-        total, memory = recurrence(
-            q, k, functional.pad(v, (0, 1), value=1.0), None, None if state is None else state["memory"]
-        )
-        y = total[..., :-1] / total[..., -1:].clamp_min(1e-6)
+        exact = torch.promote_types(x.dtype, torch.float32)  # the weights' sum is beyond float16 in long texts
+        v = functional.pad(v.to(exact), (0, 1), value=1.0)
+        total, memory = recurrence(q, k, v, None, None if state is None else state["memory"])
+        y = (total[..., :-1] / total[..., -1:].clamp_min(1e-6)).to(x.dtype)
         return self.out(y.flatten(2)), None if state is None else {"memory": memory}
 
 
@@ -67,10 +67,10 @@ class LinearClaim(Claim):
     )
     setting: ClassVar[str] = (
         "2 layers of width 64, 2 heads, a convolution over 3 tokens; mqar with 4, 8 and 16 pairs in texts of 32, 64 "
-        "and 128 tokens, vocab 128; at most 2,000 steps of 64, until 99.5% of validation answers are right; 3 seeds"
+        "and 128 tokens, vocab 128; at most 800 steps of 64, until 99.5% of validation answers are right; 3 seeds"
     )
     reads = False
-    steps: int = 2000
+    steps: int = 800
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def run(self, bench: Bench) -> Finding:

@@ -173,7 +173,4 @@ class SoftplusKeepsItsLossWithTheLength(Claim):
             rise < 0.1
         )
         less(("softmax", longest), ("softmax", 1))
-        checks["logits of 10,000 in float16 stay finite under softplus, and do not under the exponential"] = bool(
-            functional.softplus(torch.tensor(1e4).half()).isfinite() and not torch.tensor(1e4).half().exp().isfinite()
-        )
         return Finding(metrics, checks)

@@ -13,6 +13,7 @@ from foveate.backbone import (
     BackboneForSequenceClassification,
     BackboneForValues,
 )
+from foveate.errors import FoveateError
 from foveate.train.tasks import TrainTask
 
 HEADS = {"lm": BackboneForCausalLM, "classes": BackboneForSequenceClassification, "values": BackboneForValues}
@@ -35,6 +36,9 @@ class Sizes:
 def build(task: TrainTask, sizes: Sizes | None = None, *, seed: int = 0) -> Backbone:
     """A backbone with random weights that fits a task; PyTorch's global generator is left as it was.
 
+    Raises:
+        FoveateError: what can't be built, or a mixer that would read a task's answers.
+
     Example:
         >>> from foveate.train import Sizes, build
         >>> from foveate.train.tasks import TRAIN_TASKS
@@ -55,6 +59,12 @@ def build(task: TrainTask, sizes: Sizes | None = None, *, seed: int = 0) -> Back
         input_size=task.sizes[0],
         output_size=task.sizes[1],
     )
+    both = [mixer.name for mixer in config.mixers if not mixer.causal]
+    if both and task.head != "classes":
+        raise FoveateError(
+            f"{', '.join(both)} sees what comes after a token, and {task} asks for it: it would read the answers. Give "
+            "a causal mixer, or a task whose answer is a class of the whole text, such as listops."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return HEADS[task.head](config)

@@ -174,14 +174,14 @@ class BlockToLocalClaim(Claim):
         "well as a plain stack, and generates faster from a smaller cache"
     )
     setting: ClassVar[str] = (
-        "byte models of width 128 learn prose and code for 600 steps of 32 passages of 256 bytes, with 2 seeds: 2 "
+        "byte models of width 128 learn prose and code for 600 steps of 32 passages of 256 bytes, with 3 seeds: 3 "
         "plain layers; 2 layers block-to-local, with as many weights; 6 layers block-to-local; blocks of 4. Then "
         "a batch of 128 texts that hold 8,192 tokens each goes on for 16 more, 4 times with each model in turn"
     )
     reads = False
     steps: int = 600
     length: int = 256
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     width: int = 128
     context: int = 8192
     texts: int = 128
@@ -231,7 +231,7 @@ class BlockToLocalClaim(Claim):
                 "no token sees what comes after it": seen == 0,
                 "with as many layers the state is less than a quarter of plain's": held[equal] < held[plain] / 4,
                 "with as many layers it generates faster": faster[equal].low > 1,
-                "with three times the layers it predicts no worse": gaps[large].low <= 0,
+                "with three times the layers it predicts no worse, by 0.05 nats at most": gaps[large].high < 0.05,
                 "with three times the layers the state is still smaller": held[large] < held[plain],
                 "with three times the layers it still generates faster": faster[large].low > 1,
             },
