@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import foveate as fv
 from foveate.errors import FoveateError
 from foveate.train import Settings, Sizes, build, fit
 from foveate.train.tasks import TRAIN_TASKS
@@ -185,3 +186,38 @@ def test_two_processes_train_as_one(tmp_path):
         state = json.loads((next(Path(tmp_path, way).glob("checkpoint-*")) / "state.json").read_text())
         assert state["losses"] == pytest.approx(report.losses, abs=1e-3)
     assert max(float((value - before[key]).abs().max()) for key, value in model.state_dict().items()) > 5e-3
+
+
+def test_until_is_remembered(tmp_path):
+    settings = Settings(steps=100, batch=8, until=0.0)
+    first = fit(build(TASK, SMALL), TASK, settings, work=tmp_path)
+    again = fit(build(TASK, SMALL), TASK, settings, work=tmp_path)
+    assert again.steps == first.steps == 5 and again.judged == first.judged and again.losses == first.losses
+
+
+@pytest.mark.parametrize("sizes", [Sizes(width=64, heads=2, conv=3), Sizes(width=32, heads=2, conv=3, mixer="linear")])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, sizes):
+    fit(build(TASK, SMALL), TASK, Settings(steps=1, batch=8), work=tmp_path)
+    with pytest.raises(FoveateError, match="checkpoint of another run .*model"):
+        fit(build(TASK, sizes), TASK, Settings(steps=1, batch=8), work=tmp_path)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_the_command_with_two_processes_ends_with_a_model(tmp_path, way):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "foveate"]
+    asked = ["train", str(TASK), "--width", "32", "--heads", "2", "--steps", "40", "--batch", "8", "--device", "cpu"]
+    more = ["--mixer", "routing", "--until", "0.99", "--parallel", way, "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, *asked, *more], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("accuracy, unseen") == 1
+    again = fv.train(
+        TASK,
+        "routing",
+        sizes=Sizes(width=32, heads=2),
+        settings=Settings(steps=40, batch=8, until=0.99),
+        out=tmp_path / "run",
+        device="cpu",
+        show=False,
+    )
+    assert again.report.steps == 40
+    assert again.metrics["loss"].value == pytest.approx(TASK.judge(again.model)["loss"].value, abs=1e-5)

@@ -141,3 +141,16 @@ def test_the_command(tmp_path, monkeypatch):
     assert "accuracy, unseen" in said.output and "runs/mqar-linear-" in said.output
     (made,) = (tmp_path / "runs").iterdir()
     assert (made / "model/config.json").exists()
+
+
+def test_a_text_that_is_too_short_for_a_part_is_told_before_anything_is_written(tmp_path):
+    (tmp_path / "one.txt").write_text("word " * 400)
+    with pytest.raises(FoveateError, match="a part of the text has"):
+        fv.train(f"lm:text={tmp_path / 'one.txt'},length=1000", out=tmp_path / "run", device="cpu", show=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_kill_left_of_the_first_file_is_no_strange_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.training.json.123").write_text("{")
+    assert run(tmp_path / "run").report.steps == 4

@@ -198,8 +198,9 @@ def compare_mixers(
     sizes, settings = sizes or chosen.sizes, settings or chosen.settings
     tried = tuple(lrs or (chosen.lrs if settings is chosen.settings else (settings.lr,)))
     where = device_of(device)
-    for name in wanted:
-        for task in asked:
+    for task in asked:
+        task.check()
+        for name in wanted:
             build(task, replace(sizes, mixer=name))  # or it says what does not fit
     setting = {
         "sizes": {key: value for key, value in asdict(sizes).items() if key != "mixer"},

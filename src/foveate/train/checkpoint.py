@@ -30,12 +30,14 @@ class State:
         step: steps done.
         seconds: the time that they took.
         losses: the loss of each step.
+        judged: (step, figure) of each look at validation examples.
     """
 
     run: dict[str, str]
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    judged: list[list[float]] = field(default_factory=list)
 
 
 def save(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -47,6 +49,9 @@ def save(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: t
         trained: what is trained, and buffers that change with it, by name.
         optimizer: Adam's, whose moments are kept.
     """
+    place = folder / f"checkpoint-{state.step:08}"
+    if place.exists():  # this very step is kept already: there is never a moment without a whole checkpoint
+        return
     weights = {name: _plain(p.detach()) for name, p in trained.items()}
     moments = {
         f"{kind}.{name}": _plain(optimizer.state[p][kind])
@@ -55,7 +60,7 @@ def save(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: t
         if p in optimizer.state  # not, before the first step, or without a gradient
     }
     if processes.is_main():
-        place, temporary = folder / f"checkpoint-{state.step:08}", folder / f".checkpoint.{os.getpid()}"
+        temporary = folder / f".checkpoint.{os.getpid()}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -65,7 +70,6 @@ def save(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer: t
             for written in temporary.iterdir():
                 with written.open("rb") as file:
                     os.fsync(file.fileno())
-            shutil.rmtree(place, ignore_errors=True)
             temporary.rename(place)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -100,6 +104,12 @@ def restore(folder: Path, state: State, trained: Mapping[str, Tensor], optimizer
             )
         weights = load_file(place / "weights.safetensors")
         moments = load_file(place / "moments.safetensors")
+        for name, p in trained.items():
+            if name not in weights or weights[name].shape != p.shape:
+                raise FoveateError(
+                    f"{place} is of a model of another shape ({name} is not {tuple(p.shape)} there): give another "
+                    "folder to work in, or delete it."
+                )
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(processes.like(weights[name], p))

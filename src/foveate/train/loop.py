@@ -41,7 +41,7 @@ class Settings:
         lr: the highest learning rate of AdamW (betas 0.9, 0.95).
         warmup: the fraction of the run in which it rises.
         schedule: what it does then: `cosine`, or `wsd` (level, and down over the last fifth).
-        decay: weight decay of matrices; norms, biases and other vectors have none.
+        decay: weight decay of all parameters with two dimensions or more; norms, biases and other vectors have none.
         clip: the gradient's norm is cut to that.
         until: stop when the task's first metric on validation examples reaches that; None: after all steps.
         seed: of weights, data, and all that is drawn in a step.
@@ -129,7 +129,7 @@ def fit(
     optimizer = _optimizer(model, settings)
     kept = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}  # type: ignore[misc]
-    state = State({"settings": _said(settings), "task": str(task)} | (run or {}))
+    state = State({"settings": _said(settings), "task": str(task), "model": _shape(model)} | (run or {}))
     if work is not None:
         state = checkpoint.restore(work, state, kept, optimizer)
         if state.step:
@@ -143,7 +143,6 @@ def fit(
     looked = saved = start
     fresh: list[Tensor] = []
     speeds: list[float] = []
-    judged: list[tuple[int, float]] = []
     looked_step = state.step
     model.train()
 
@@ -167,7 +166,7 @@ def fit(
             checkpoint.save(work, state, kept, optimizer)
 
     with _interrupts(work is not None) as stop:
-        while state.step < settings.steps:
+        while state.step < settings.steps and not (state.judged and _reached(state.judged[-1][1], task, settings)):
             if stop.is_set():
                 look()
                 save()
@@ -205,20 +204,20 @@ def fit(
                     save()
                     saved = time.monotonic()
             if settings.until is not None and _due(state.step, settings.steps):
+                _same_buffers(model)
                 value = task.judge(model, split="validation", count=128)[task.better].value
-                judged.append((state.step, value))
+                state.judged.append([state.step, _agreed(value, device)])  # or some would stop, and the others wait
+                look()
                 looked, looked_step = time.monotonic(), state.step  # judging is not training's speed
-                if value >= settings.until if task.higher else value <= settings.until:
-                    look()
-                    break
     look()
     save()
+    _same_buffers(model)
     _gather(model)
     model.eval()
     late = sorted(speeds[len(speeds) // 2 :])
     speed = late[len(late) // 2] if late else state.step * settings.batch * task.tokens / max(1e-9, state.seconds)
     show.at("train", 1.0, f"{state.step:,} steps, {duration(state.seconds)}")
-    return Report(state.step, state.seconds, speed, state.losses, judged)
+    return Report(state.step, state.seconds, speed, state.losses, [(int(s), value) for s, value in state.judged])
 
 
 class _Loss(nn.Module):
@@ -245,6 +244,27 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 def _said(settings: Settings) -> str:
     return json.dumps(asdict(settings), sort_keys=True)
+
+
+def _shape(model: Backbone) -> str:
+    """What a model is made of, as text."""
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "mixer",
+        "norm",
+        "channel",
+        "stack",
+        "conv",
+    )
+    return ", ".join(f"{name} {getattr(model.config, name)}" for name in names)
+
+
+def _reached(value: float, task: TrainTask, settings: Settings) -> bool:
+    until = settings.until
+    return until is not None and (value >= until if task.higher else value <= until)
 
 
 def _due(step: int, steps: int) -> bool:
@@ -300,6 +320,13 @@ def _spread(model: Backbone, parallel: str) -> nn.Module:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _same_buffers(model: nn.Module) -> None:
+    """The first process's buffers in all: some mixers follow the tokens with theirs, and each process sees its own."""
+    if processes.world() > 1:
+        for buffer in model.buffers():
+            processes.from_rank(buffer)
 
 
 def _gather(model: nn.Module) -> None:

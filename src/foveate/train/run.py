@@ -121,6 +121,7 @@ def train(
     if mixer is not None:
         sizes = Sizes(**{**asdict(sizes), "mixer": mixer})
     place = device_of(device)
+    task.check()
     model = build(task, sizes, seed=settings.seed)  # before anything is written: it says what can't be built
     place = processes.join(place)
     said = {"task": str(task), "sizes": asdict(sizes), "settings": asdict(settings)}
@@ -136,13 +137,15 @@ def train(
         verb = Show(show if processes.is_main() or callable(show) else False, "train")
         told = stack.enter_context(_tracked(tracker, folder, said)) if processes.is_main() else _silent
         with verb:
-            run = {"sizes": json.dumps(asdict(sizes), sort_keys=True)}
             work = None if folder is None else folder / "work"
-            report = fit(
-                model, task, settings, work=work, every=every, parallel=parallel, show=verb, told=told, run=run
-            )
+            report = fit(model, task, settings, work=work, every=every, parallel=parallel, show=verb, told=told)
         if not processes.is_main():
             return None
+        if processes.world() > 1:  # without what spread it, which would wait for the others in every forward
+            trained, model = model, build(task, sizes, seed=settings.seed).to(place)  # type: ignore[arg-type]
+            values = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
+            model.load_state_dict({name: values[name] for name in values if name in model.state_dict()}, strict=False)
+            model.eval()
         metrics = task.judge(model, count=test)
         told(report.steps, {name: metric.value for name, metric in metrics.items()})
         if folder is not None:
@@ -184,7 +187,9 @@ def _ours(folder: Path, said: dict[str, Any]) -> Iterator[None]:
             except (OSError, ValueError) as error:
                 raise FoveateError(f"{what} is damaged: give another --out.") from error
             _check_same(folder, made, json.loads(json.dumps(said)))
-        elif strange := [each.name for each in folder.iterdir() if each.name != ".lock"]:
+        elif strange := [
+            n for n in (each.name for each in folder.iterdir()) if not n.startswith((".lock", f".{WHAT}"))
+        ]:
             raise FoveateError(f"{folder} holds {strange[0]}, and is no folder of a training: give another --out.")
         else:
             _write(what, json.dumps(said, indent=1))

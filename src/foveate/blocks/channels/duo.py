@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,12 +95,13 @@ class DuoMixer(ChannelMixer):
     def __init__(self, shape: Shape, big: int, small: int, price: float | None):
         super().__init__()
         self.big, self.small = GatedMixer(shape.width, big), GatedMixer(shape.width, small)
-        with torch.no_grad():  # starts smaller in deeper models, as the backbone does with a channel mixer's own `out`
-            for each in (self.big, self.small):
-                each.out.weight.mul_(1 / math.sqrt(2 * shape.layers))
         self.costs = (0.0, small / big, 1.0)
         self.router = None if price is None else linear(shape.width, 3)
         self.price = 0.0 if price is None else price / shape.layers
+
+    def writers(self) -> list[Tensor]:
+        """What writes into the residual stream; the backbone decides how small it starts."""
+        return [self.big.out.weight, self.small.out.weight]
 
     def forward(self, x: Tensor) -> Tensor:
         weights: Tensor | None = None

@@ -62,8 +62,11 @@ class MoEMixer(ChannelMixer):
         width = shape.width
         self.router = linear(width, experts)
         self.gate_up = nn.Parameter(torch.randn(experts, width, 2 * inner) / math.sqrt(width))
-        # Starts smaller in deeper models, as the backbone does with what is an nn.Linear.
-        self.down = nn.Parameter(torch.randn(experts, inner, width) / math.sqrt(inner * 2 * shape.layers))
+        self.down = nn.Parameter(torch.randn(experts, inner, width) / math.sqrt(inner))
+
+    def writers(self) -> list[nn.Parameter]:
+        """What writes into the residual stream; the backbone decides how small it starts."""
+        return [self.down]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)

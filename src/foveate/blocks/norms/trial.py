@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from foveate.backbone import NORMS, Backbone
+from foveate.backbone.model import written
 from foveate.errors import FoveateError
 from foveate.measure.bootstrap import Metric
 from foveate.train import Settings, Sizes, build, fit
@@ -45,8 +45,8 @@ def full_start(model: Backbone) -> None:
         return
     for layer in model.layers:
         for part in (layer.mixer, layer.channel):
-            if isinstance(out := getattr(part, "out", None), nn.Linear):
-                out.weight.mul_(math.sqrt(2 * len(model.layers)))
+            for weight in written(part):
+                weight.mul_(math.sqrt(2 * len(model.layers)))
 
 
 def deep_models(

@@ -68,6 +68,9 @@ class TrainTask(Spec):
         """Tokens of an example."""
         raise NotImplementedError
 
+    def check(self) -> None:  # noqa: B027 - most tasks have nothing that could be wrong
+        """Raise FoveateError where there is nothing to draw from, before anything is trained or written."""
+
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """`count` examples at random, of any split, on the generator's device."""

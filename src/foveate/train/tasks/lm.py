@@ -45,6 +45,10 @@ class LanguageModelling(TrainTask):
     def tokens(self) -> int:
         return self.length
 
+    def check(self) -> None:
+        for split in ("train", "validation", "test"):
+            self._passages(_tokens(self.text, self.unit, split), 1, torch.Generator())
+
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         return self._passages(_tokens(self.text, self.unit, "train"), count, generator)
 
@@ -56,7 +60,9 @@ class LanguageModelling(TrainTask):
 
     def _passages(self, ids: Tensor, count: int, generator: torch.Generator) -> Batch:
         if len(ids) <= self.length:
-            raise FoveateError(f"{self}: the text has {len(ids)} tokens: give a longer text or a smaller length.")
+            raise FoveateError(
+                f"{self}: a part of the text has {len(ids)} tokens: give a longer text, or a smaller length."
+            )
         starts = torch.randint(len(ids) - self.length, (count, 1), generator=generator)
         rows = ids[starts + torch.arange(self.length + 1)]
         return Batch(rows[:, :-1], rows[:, 1:])
@@ -77,7 +83,7 @@ def _part(text: Text, split: Split) -> str:
 
 def _encoded(text: str, unit: str) -> Tensor:
     if unit == "bytes":
-        return torch.frombuffer(bytearray(text.encode("utf-8", errors="replace")), dtype=torch.uint8).long()
+        return torch.tensor(list(text.encode("utf-8", errors="replace")), dtype=torch.long)
     return torch.tensor(_tokenizer(unit)(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[operator]
 
 
