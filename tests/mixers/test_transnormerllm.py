@@ -81,3 +81,14 @@ def test_the_claim_runs():
     assert all(torch.tensor([m.value, m.low, m.high]).isfinite().all() for m in found.metrics.values())
     assert all(isinstance(held, bool) for held in found.checks.values())
     assert found.checks["whole and steps agree to 1e-3, where lambda^-t overflows"]
+
+
+def test_in_bfloat16_far_positions_stay_what_they_are():
+    import copy
+
+    torch.manual_seed(0)
+    module = TransNormerLLM().build(Shape(32, 4)).eval()
+    x = torch.randn(1, 3000, 32)
+    with torch.no_grad():
+        exact, half = module(x)[0][:, -500:], copy.deepcopy(module).bfloat16()(x.bfloat16())[0][:, -500:].float()
+    assert float((half - exact).norm() / exact.norm()) < 0.03

@@ -205,6 +205,7 @@ def state_bytes(state: Any) -> int:
         state: a `State`, or lists or dictionaries of them.
 
     Example:
+        >>> import torch
         >>> state_bytes({"memory": torch.zeros(2, 3)[:, :1]})
         24
     """

@@ -32,7 +32,8 @@ class Resonance(Mixer):
         M_t = exp(-delta (1 - r_t)) M_(t-1) + r_t k_t v_t'        reinforced if it is, decayed if not
         y_t = W (attention_t + sigmoid(W_g x_t) * rms(M_t' q_t))
 
-    q and k have length 1 in the memory; a, b and delta are learned, one each a head, and the gate is one a head.
+    q and k have length 1 in the memory; a (times sqrt(head)), b and delta are learned, one each a head, and the gate is
+    one a head.
 
     Only the abstract could be read, and it has no equation: it says that matrices of synaptic weights are adjusted
     continuously, in training and inference, by contextual relevance, within an existing transformer. All of the above

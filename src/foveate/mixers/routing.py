@@ -36,7 +36,7 @@ class Routing(Mixer):
 
     The paper lets each cluster choose its top w tokens of the whole text, which looks ahead. Here a token belongs to
     its nearest centroid, and sees the last `members` there, itself included: causal, the same step by step, and the
-    cost stays at most n times that. The whole text is sorted by cluster and attended to in blocks. With clusters and
+    cost stays at most 2 n times that. The whole text is sorted by cluster and attended to in blocks. With clusters and
     members of about sqrt(n) the cost grows as n^1.5, as in the paper.
 
     Also ours: a token sees itself only where it sees no other, as its likeness to itself is always the highest; rotary

@@ -50,7 +50,7 @@ class TransNormer(Mixer):
             raise FoveateError(f"{self}: a block must have at least 1 token.")
 
     def build(self, shape: Shape) -> TokenMixer:
-        if shape.layer < int(self.early * shape.layers):
+        if shape.layer < int(self.early * shape.layers + 1e-9):  # 0.29 * 100 is a little below 29
             return DiagMixer(shape, self.block)
         return NormMixer(shape)
 

@@ -63,17 +63,26 @@ class TransNormerLLMMixer(TokenMixer):
         self.heads, self.head, self.eps = shape.heads, shape.head, shape.eps
         self.qkvu = linear(shape.width, 4 * shape.width)
         self.out = linear(shape.width, shape.width)
-        angles = 10_000.0 ** (-2 * torch.arange(shape.width) / shape.width)
-        self.theta = nn.Parameter(angles.unflatten(0, (shape.heads, shape.head))) if turned else None
+        self.shift = nn.Parameter(torch.zeros(shape.heads, shape.head)) if turned else None
         self.rate = decay * (1 - shape.layer / shape.layers)
+
+    @property
+    def theta(self) -> Tensor | None:
+        """Angles a position, (heads, head). Their shift is learned: they would be rounded by `.bfloat16()`, and a far
+        position multiplies that."""
+        if self.shift is None:
+            return None
+        dtype = torch.promote_types(self.shift.dtype, torch.float32)
+        i = torch.arange(self.shift.numel(), device=self.shift.device, dtype=dtype)
+        return (10_000.0 ** (-2 * i / len(i))).view_as(self.shift) + self.shift.to(dtype)
 
     def start(self, batch: int, like: Tensor) -> State:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        feature = self.head if self.theta is None else 2 * self.head
+        feature = self.head if self.shift is None else 2 * self.head
         memory = like.new_zeros(batch, self.heads, feature, self.head, dtype=dtype)
         return (
             {"memory": memory}
-            if self.theta is None
+            if self.shift is None
             else {"memory": memory, "seen": like.new_zeros(batch, dtype=torch.long)}
         )
 
@@ -86,8 +95,9 @@ class TransNormerLLMMixer(TokenMixer):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         q, k, v, u = self.qkvu(x).chunk(4, -1)
         q, k, v = (split_heads(each, self.heads) for each in (functional.silu(q), functional.silu(k), v))
-        if self.theta is not None:
-            cos, sin = _turns(self.theta, x.shape[1], None if state is None else state["seen"])
+        theta = self.theta
+        if theta is not None:
+            cos, sin = _turns(theta, x.shape[1], None if state is None else state["seen"])
             q, k = (torch.cat([each * cos, each * sin], -1).to(v.dtype) for each in (q, k))
         y, memory = recurrence(q, k, v, self.decay(x), None if state is None else state["memory"])
         y = self.out(simple_rms_norm(y.flatten(2), self.eps) * u)

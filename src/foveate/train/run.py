@@ -158,7 +158,7 @@ def default_out(task: str, sizes: Sizes, settings: Settings) -> Path:
 
     Example:
         >>> default_out("mqar:pairs=4", Sizes(), Settings()).as_posix()
-        'runs/mqar-softmax-c0bc56'
+        'runs/mqar-softmax-...'
     """
     said = json.dumps([task, asdict(sizes), asdict(settings)], sort_keys=True)
     name = "-".join(each.partition(":")[0] for each in (task, sizes.mixer.partition("+")[0]))
