@@ -23,7 +23,7 @@ IDS = torch.arange(3, 43).unsqueeze(0)
         ("h2o:keep=0.2,entries=4", "not both"),
         ("h2o:keep=0", "outside"),
         ("h2o:keep=1.5", "outside"),
-        ("h2o:keep=nan", "outside"),
+        ("h2o:keep=nan", "give a finite one"),
         ("h2o:entries=0", "at least 1"),
         ("streaming:entries=4", "at least 5"),
         ("window:keep=0.5,sinks=-1", "negative"),
